@@ -1,0 +1,33 @@
+"""Variational inference in Pyro that says whether to believe it.
+
+``fit`` runs it, ``compare`` sets it beside a reference posterior, ``Fit`` holds what came out.
+"""
+
+from vi_toolkit.errors import (
+    ConvergenceWarning,
+    LoadError,
+    NonFiniteError,
+    NotDeterministicError,
+    PreflightError,
+    VIError,
+)
+from vi_toolkit.estimators import Reparam
+from vi_toolkit.fitting import Fit, fit
+
+__all__ = [
+    "ConvergenceWarning",
+    "Fit",
+    "LoadError",
+    "NonFiniteError",
+    "NotDeterministicError",
+    "PreflightError",
+    "Reparam",
+    "VIError",
+    "fit",
+]
+try:  # TEMPORARY while these modules are being written
+    from vi_toolkit.comparison import Comparison, compare
+    from vi_toolkit.reference import Reference
+    __all__ += ["Comparison", "Reference", "compare"]
+except ImportError:
+    pass

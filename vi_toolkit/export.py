@@ -1,0 +1,125 @@
+"""Fits as ArviZ data, with attributes that say what the draws are and are not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import arviz as az
+import numpy as np
+import torch
+
+from vi_toolkit.joint import observed_sites, prototype
+from vi_toolkit.scope import borrowed_globals, seeded_state
+
+if TYPE_CHECKING:
+    from vi_toolkit.fitting import Fit
+
+NOTE = (
+    "Independent draws from a variational approximation, not a Markov chain: R-hat and effective "
+    "sample size say nothing about how good the approximation is. Compare it with a reference."
+)
+
+
+def to_arviz(
+    fit: Fit,
+    draws: int = 1000,
+    seed: int = 0,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+) -> Any:
+    """The fit as ArviZ ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x).
+
+    Groups: ``posterior`` (deterministic sites included), ``posterior_predictive``,
+    ``log_likelihood`` and ``observed_data``, the first three at the same draws and with one chain,
+    because independent draws have no chains.
+
+    Args:
+        fit: the fit.
+        draws: number of posterior draws.
+        seed: of these draws.
+        dims: site -> names of its dimensions, as ArviZ takes them.
+        coords: dimension name -> labels.
+
+    Example:
+        >>> import arviz as az, pyro, pyro.distributions as dist, torch, vi_toolkit as vi
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("observations", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> fit = vi.fit(model, AutoNormal, {"y": torch.ones(3)}, progress=False)
+        >>> fit.to_arviz(draws=100)["posterior"]["mu"].shape
+        (1, 100)
+    """
+    posterior = fit.sample(draws, seed=seed)
+    # Draws come in the data's precision; so must what the model makes beside them.
+    dtype = next((v.dtype for v in posterior.values() if v.is_floating_point()), None)
+    with borrowed_globals(rng_state=seeded_state(seed), dtype=dtype):
+        observed = {
+            name: site["value"]
+            for name, site in observed_sites(prototype(fit.model, fit.data)).items()
+        }
+    predicted = fit.predict(draws=posterior, seed=seed)
+    groups = {
+        # predict returns deterministic sites too; they are functions of the posterior draws.
+        "posterior": posterior | {k: v for k, v in predicted.items() if k not in observed},
+        "posterior_predictive": {k: v for k, v in predicted.items() if k in observed},
+        "log_likelihood": fit.log_likelihood(draws=posterior),
+        "observed_data": observed,
+    }
+    arrays = {
+        # A chain dimension of one in front, except for the data.
+        group: {k: _numpy(v) if group == "observed_data" else _numpy(v)[None] for k, v in x.items()}
+        for group, x in groups.items()
+        if x
+    }
+    tree = _from_dict(arrays, dims, coords)
+    attributes = _attributes(fit, seed)
+    for node in (tree, tree["posterior"]):
+        node.attrs.update(attributes)
+    return tree
+
+
+def _from_dict(
+    groups: dict[str, dict[str, np.ndarray]],
+    dims: Mapping[str, Sequence[str]] | None,
+    coords: Mapping[str, Sequence[Any]] | None,
+) -> Any:
+    """``az.from_dict``: one argument per group before ArviZ 1.0, one dictionary of groups since."""
+    options = {
+        "dims": {site: list(names) for site, names in (dims or {}).items()},
+        "coords": {name: list(labels) for name, labels in (coords or {}).items()},
+    }
+    from_dict: Any = az.from_dict
+    if int(az.__version__.split(".")[0]) >= 1:
+        return from_dict(groups, **options)
+    return from_dict(**groups, **options)
+
+
+def _numpy(x: torch.Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()
+
+
+def _attributes(fit: Fit, seed: int) -> dict[str, Any]:
+    """What a reader of the file must know; numbers and text only, so that netCDF can hold them."""
+    return {
+        "inference_library": "vi_toolkit",
+        "inference_library_version": _own_version(),
+        "method": fit.method,
+        "guide_family": fit.family or "unknown",
+        "elbo": float(fit.elbo[-1]) if len(fit.elbo) else float("nan"),
+        "converged": int(fit.converged),
+        "monte_carlo_error": float(fit.monte_carlo_error),
+        "seed": int(fit.seed),
+        "draws_seed": int(seed),
+        "note": NOTE,
+    }
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("vi-recipes")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that has not been installed
+        return "unknown"

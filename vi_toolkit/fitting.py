@@ -1,0 +1,937 @@
+"""``fit``: one call from a Pyro model and guide to a posterior."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoGuide,
+    AutoLaplaceApproximation,
+)
+from pyro.params.param_store import ParamStoreDict
+from tqdm.auto import tqdm
+
+from vi_toolkit import deterministic as det
+from vi_toolkit.errors import ConvergenceWarning, NonFiniteError, NotDeterministicError
+from vi_toolkit.estimators.reparam import Reparam, reparameterised
+from vi_toolkit.families import FAMILY_OF, set_parameter, write_to_guide
+from vi_toolkit.joint import Joint, indices, latent_sites, observed_sites, prototype
+from vi_toolkit.modes import find_modes
+from vi_toolkit.noise import FunctionalNoise, UnsupportedNoise
+from vi_toolkit.preflight import preflight
+from vi_toolkit.scope import borrowed_globals, seeded_state
+from vi_toolkit.stochastic import Stochastic, first_non_finite
+from vi_toolkit.subsampling import PlatePlan, SubsamplePlates
+from vi_toolkit.vectorise import Batched
+
+Model = Callable[..., Any]
+Draws = dict[str, torch.Tensor]
+
+DEFAULT_RATE = 0.02  # Adam's first step size; annealed from there
+# Where "auto" stops believing in fixed draws.
+MOST_LATENTS = {"full-rank": 500, "low-rank": 5_000, "mean-field": 20_000}
+MOST_GUIDE_PARAMETERS = 2_000
+MOST_FIRST_WORK = 2e8  # draws times observations of the first round
+
+
+def fit(
+    model: Model,
+    guide: Model | type[AutoGuide],
+    data: Mapping[str, Any],
+    *,
+    estimator: ELBO | None = None,
+    optimizer: float | Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None = None,
+    method: str = "auto",
+    steps: int | None = None,
+    seed: int = 0,
+    subsample: Mapping[str, int] | None = None,
+    stop: Callable[[Stochastic], bool] | None = None,
+    average: bool = True,
+    restarts: int = 1,
+    progress: bool = True,
+) -> Fit:
+    r"""Fit a guide to the posterior of a Pyro model by maximising the ELBO.
+
+    .. math:: \mathcal L(\lambda) = E_{q_\lambda(z)}[\log p(x, z) - \log q_\lambda(z)]
+              = \log p(x) - \mathrm{KL}(q_\lambda \,\|\, p(z \mid x))
+
+    Two methods stand behind the one call. *Deterministic* fixes the guide's base noise and
+    optimises to convergence: the default for full data, differentiable models and guides of
+    moderate size; it needs no tuning. *Stochastic* takes annealed, averaged gradient steps, for
+    everything else. ``Fit.method`` says which ran and ``Fit.why`` gives the reason.
+
+    The caller's parameter store, random state and default dtype are left as they were, the guide
+    is copied, and the same seed gives the same fit bit for bit.
+
+    Args:
+        model: called as ``model(**data)``.
+        guide: called as ``guide(**data)``; an ``AutoGuide`` class is built on the model first.
+        data: keyword arguments of model and guide.
+        estimator: a ``pyro.infer.ELBO``; :class:`~vi_toolkit.Reparam` if every guide site can be
+            reparameterised, else Pyro's ``Trace_ELBO`` (score function). Other than ``Reparam``
+            implies the stochastic method.
+        optimizer: first step size of Adam, or a function from parameters to a
+            ``torch.optim.Optimizer``; implies the stochastic method.
+        method: ``"auto"``, ``"deterministic"`` or ``"stochastic"``.
+        steps: number of optimiser steps; None lets convergence decide. Implies stochastic.
+        seed: of everything random.
+        subsample: plate name -> minibatch size. Implies stochastic.
+        stop: called with the running fit each time a stage is looked at (after 640 steps, 1,280,
+            2,560, ...); ends the fit when true.
+        average: report the average of the last window of iterates rather than the last iterate.
+        restarts: independent starts; the fit with the best ELBO is kept. The deterministic method
+            always tries 16, and takes this many times 16.
+        progress: show a progress bar.
+
+    Returns:
+        A :class:`Fit`. An interrupt (Ctrl-C) also returns the fit, as it stands.
+
+    Raises:
+        PreflightError: model, guide and data do not fit together.
+        NonFiniteError: the ELBO or its gradient is not finite; carries the last good state.
+        NotDeterministicError: ``method="deterministic"`` where it cannot be had.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, vi_toolkit as vi
+        >>> from pyro.infer.autoguide import AutoMultivariateNormal
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("observations", len(y)):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> y = torch.tensor([1.0, 2.0, 3.0])
+        >>> fit = vi.fit(model, AutoMultivariateNormal, {"y": y}, progress=False)
+        >>> round(float(fit.sample(1000)["mu"].mean()), 1)
+        2.0
+    """
+    if method not in ("auto", "deterministic", "stochastic"):
+        raise ValueError(
+            f"method must be 'auto', 'deterministic' or 'stochastic', not {method!r}"
+        )
+    for name, value in (("steps", steps), ("restarts", restarts)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+    if subsample is not None and len(subsample) != 1:
+        raise ValueError("subsample takes one plate: {'name of the plate': minibatch size}")
+
+    began = time.monotonic()
+    dtype = _float_dtype(data)
+    with borrowed_globals(rng_state=seeded_state(seed), dtype=dtype):
+        preflight(
+            model,
+            _private(model, guide),
+            data,
+            subsample=subsample,
+            enumerate=estimator is not None and "Enum" in type(estimator).__name__,
+        )
+
+    result = Fit(model, guide, data, dtype, seed, progress)
+    asked = {
+        "steps": steps is not None,
+        "subsample": subsample is not None,
+        "optimizer": optimizer is not None,
+        "estimator": estimator is not None and not isinstance(estimator, Reparam),
+        "stop": stop is not None,
+    }
+    stochastic_only = [name for name, given in asked.items() if given]
+    if method == "deterministic" and stochastic_only:
+        raise NotDeterministicError(
+            f"{' and '.join(stochastic_only)} belong to the stochastic method: leave them out, or "
+            "ask for method='stochastic'."
+        )
+    if method == "stochastic":
+        result.method, result.why = "stochastic", "asked for"
+    elif stochastic_only:
+        result.method = "stochastic"
+        result.why = f"{' and '.join(stochastic_only)} given"
+    else:
+        obstacle = result._set_up_deterministic(limits=method == "auto")
+        if obstacle is None:
+            result.method = "deterministic"
+            result.why = (
+                "asked for"
+                if method == "deterministic"
+                else "full data, a differentiable model and a reparameterised guide"
+            )
+        elif method == "deterministic":
+            raise NotDeterministicError(
+                f"The deterministic method cannot be had: {obstacle}. Use method='stochastic'."
+            )
+        else:
+            result.method, result.why = "stochastic", obstacle
+
+    if result.method == "deterministic":
+        result._run_deterministic(restarts)
+    else:
+        result._run_stochastic(
+            estimator, optimizer, steps, subsample, stop, average, restarts
+        )
+    result.seconds = time.monotonic() - began
+    if not result.converged and not result.interrupted and steps is None:
+        warnings.warn(result.convergence, ConvergenceWarning, stacklevel=2)
+    return result
+
+
+class Fit:
+    """A fitted guide, with its history and everything needed to use, save and continue it.
+
+    Attributes:
+        model, data: as given.
+        guide: the fit's own copy.
+        method: "deterministic" or "stochastic"; ``why`` gives the reason.
+        elbo: numpy array, the ELBO (larger is better) per step, in nats: an estimate per step of
+            the stochastic method, the fixed-draw value per quasi-Newton iteration of the other.
+        converged: whether the optimum was reached to 0.02 posterior sds.
+        convergence: the same in words.
+        monte_carlo_error: largest Monte Carlo error of the solution, in posterior sds.
+        family: "mean-field", "full-rank", "low-rank", "point", or None for any other guide.
+        restarts: final ELBO estimate of each restart of the stochastic method.
+        seed, seconds, versions: how it was made.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Model | type[AutoGuide],
+        data: Mapping[str, Any],
+        dtype: torch.dtype,
+        seed: int,
+        progress: bool,
+    ):
+        self.model = model
+        self.data = dict(data)
+        self.seed = seed
+        self.progress = progress
+        self.method, self.why = "", ""
+        self.seconds = 0.0
+        self.interrupted = False
+        self.restarts: list[float] = []
+        self.versions = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyro": pyro.__version__,
+            "numpy": np.__version__,
+            "vi_toolkit": _own_version(),
+        }
+        self._given_guide = guide
+        self._dtype = self._user_dtype = dtype
+        self._store = ParamStoreDict()
+        self._values: dict[str, torch.Tensor] = {}
+        self._own: set[int] = set()
+        self._stochastic: Stochastic | None = None
+        self._progress: det.Progress | None = None
+        self._joint: Joint | None = None
+        self._set_up(dtype)
+
+    # ---------------------------------------------------------------- set-up
+
+    def _set_up(self, dtype: torch.dtype) -> None:
+        """A fresh store and guide at the given precision, with every parameter registered."""
+        self._dtype = dtype
+        self._data = _cast(self.data, dtype)
+        self.guide = _private(self.model, self._given_guide)
+        if isinstance(self.guide, torch.nn.Module):
+            self.guide.to(dtype)
+        self._store = ParamStoreDict()
+        self._values = {}
+        with self._room(seeded_state(self.seed)), torch.no_grad():
+            trace = poutine.trace(self.guide).get_trace(**self._data)
+            model_trace = poutine.trace(poutine.replay(self.model, trace=trace)).get_trace(
+                **self._data
+            )
+        own = self.guide.parameters() if isinstance(self.guide, torch.nn.Module) else ()
+        self._own = {id(p) for p in own}
+        self._values = {n: p.detach().clone() for n, p in self._store.named_parameters()}
+        self._initial = dict(self._values)
+        self._guide_trace, self._model_trace = trace, model_trace
+        self.family = _family_name(self.guide)
+
+    @contextlib.contextmanager
+    def _room(self, rng_state: torch.Tensor | None = None) -> Iterator[None]:
+        """The fit's own parameter store, dtype and random state, for as long as the block runs.
+
+        Parameters that belong to the caller (a network the guide closes over, a tensor given to
+        ``pyro.param``) hold the fit's values inside the block only.
+        """
+        with borrowed_globals(self._store, rng_state, self._dtype):
+            leaves = {
+                n: p for n, p in self._store.named_parameters() if id(p) not in self._own
+            }
+            theirs = {n: p.detach().clone() for n, p in leaves.items()}
+            with torch.no_grad():
+                for name, leaf in leaves.items():
+                    if name in self._values:
+                        leaf.copy_(self._values[name])
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for name, leaf in leaves.items():
+                        leaf.copy_(theirs[name])
+
+    def _keep(self) -> None:
+        """Take the store's present values as the fit's own. Inside :meth:`_room`."""
+        self._values = {
+            n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()
+        }
+
+    def _set_up_deterministic(self, limits: bool) -> str | None:
+        """Prepare the deterministic method; returns what stands in its way, or None."""
+        obstacle = self._obstacle(limits)
+        if obstacle is not None:
+            return obstacle
+        if self._dtype != torch.float64:
+            native = self._dtype
+            try:
+                self._set_up(torch.float64)
+                with self._room(seeded_state(self.seed)):
+                    finite = self._make_joint().gradients(self.joint.start[None])
+                    if not torch.is_tensor(finite[1]):
+                        raise RuntimeError
+            except (RuntimeError, ValueError, TypeError):
+                # A tensor of the model's own is single precision and will not mix with double.
+                self._joint = None
+                self._set_up(native)
+        with self._room(seeded_state(self.seed)):
+            joint = self._make_joint()
+            if joint.dim == 0:
+                return "the model has no continuous latent"
+            if limits:
+                size = sum(p.numel() for p in self._store._params.values())
+                if self.family in MOST_LATENTS:
+                    if joint.dim > MOST_LATENTS[self.family]:
+                        return (
+                            f"{joint.dim} latents are too many for fixed draws with a "
+                            f"{self.family} guide"
+                        )
+                elif size > max(200, min(MOST_GUIDE_PARAMETERS, 30 * joint.dim)):
+                    return (
+                        f"the guide has {size} parameters for {joint.dim} latents, which would "
+                        "fit themselves to fixed draws"
+                    )
+                draws = max(128, 8 * joint.dim)
+                if draws * joint.observations > MOST_FIRST_WORK:
+                    return (
+                        f"{joint.observations} observations at {draws} draws per evaluation "
+                        "would be slow"
+                    )
+            if self.family is None:
+                try:
+                    det.noise_needed(self.guide, self._data)
+                except UnsupportedNoise as error:
+                    return str(error)
+        return None
+
+    def _obstacle(self, limits: bool) -> str | None:
+        for name, site in self._guide_trace.nodes.items():
+            if not reparameterised(site):
+                return f"the guide's site {name!r} cannot be reparameterised"
+        for trace in (self._guide_trace, self._model_trace):
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample":
+                    continue
+                if type(site["fn"]).__name__ == "_Subsample" and len(site["value"]) < getattr(
+                    site["fn"], "size", 0
+                ):
+                    return f"the plate {name!r} is subsampled"
+                if site["infer"].get("enumerate"):
+                    return f"the site {name!r} is enumerated"
+        devices = {v.device.type for v in self._data.values() if torch.is_tensor(v)}
+        if devices - {"cpu"}:
+            return f"the data are on {', '.join(sorted(devices - {'cpu'}))}"
+        missing = set(latent_sites(self._model_trace)) - set(self._guide_trace.nodes)
+        if missing:
+            return f"the guide lacks {', '.join(sorted(missing))}"
+        return None
+
+    def _make_joint(self) -> Joint:
+        if self._joint is None:
+            self._joint = Joint(self.model, self._data)
+        return self._joint
+
+    @property
+    def joint(self) -> Joint:
+        """The model's unconstrained log joint density (:class:`~vi_toolkit.joint.Joint`)."""
+        if self._joint is None:
+            with self._room(seeded_state(self.seed)):
+                self._make_joint()
+        assert self._joint is not None
+        return self._joint
+
+    # ---------------------------------------------------------------- deterministic
+
+    def _run_deterministic(self, restarts: int, rounds: int | None = None) -> None:
+        bar = tqdm(
+            disable=not self.progress, desc="fit", bar_format="{desc}: {postfix} [{elapsed}]"
+        )
+
+        def report(message: str) -> None:
+            if self.progress:
+                bar.set_postfix_str(message)
+
+        def checkpoint(progress: det.Progress) -> None:
+            self._write_solution(progress)
+
+        try:
+            with self._room(seeded_state(self.seed)):
+                if self._progress is None:
+                    problem = self._first_problem(16 * restarts, report)
+                    self._progress = det.Progress(problem)
+                    self._write_solution(self._progress)
+                det.run(
+                    self._progress,
+                    self.seed,
+                    self.joint.observations,
+                    self._dtype,
+                    rounds,
+                    report,
+                    checkpoint,
+                )
+                self._keep()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        finally:
+            bar.close()
+        if self._progress is not None and self._progress.rounds == 0 and not self.interrupted:
+            self._raise_non_finite()
+
+    def _first_problem(self, starts: int, report: Callable[[str], None]) -> det.Problem:
+        joint = self.joint
+        kind = type(self.guide)
+        if kind in FAMILY_OF:
+            family, isotropic = det.family_starter(kind, getattr(self.guide, "rank", None))
+            problem = det.first_problem(joint, family, isotropic, starts, self.seed, report)
+            if problem is None:
+                self._raise_non_finite()
+            assert problem is not None
+            return problem
+        report("looking for modes")
+        modes = find_modes(joint, starts, self.seed, report=report)
+        noise = det.noise_needed(self.guide, self._data)
+        if modes and kind is AutoLaplaceApproximation:
+            set_parameter(self.guide, "loc", modes[0].location)
+        if modes and kind is AutoDelta:
+            for name, value in joint.unflatten(modes[0].location).items():
+                set_parameter(self.guide, name, value)
+        general = det.GuideProblem(self.model, self.guide, self._data, joint, noise)
+        return det.warm_started(general, modes, self.seed) if noise else general
+
+    def _write_solution(self, progress: det.Progress) -> None:
+        """Put the solution into the guide's parameters (inside the room)."""
+        if isinstance(progress.problem, det.FamilyProblem):
+            write_to_guide(self.guide, self.joint, progress.problem.q)
+        elif isinstance(progress.problem, det.GuideProblem):
+            det.unflat(progress.problem.origin, progress.problem.leaves)
+        self._keep()
+
+    def _raise_non_finite(self) -> None:
+        with self._room(seeded_state(self.seed)):
+            trace = prototype(self.model, self._data)
+            found = first_non_finite(trace, "model")
+        where = found[2] if found else "its log joint density is not finite"
+        raise NonFiniteError(
+            f"No start has a finite ELBO: at the prior medians, {where}. Check the data against "
+            "the likelihood's support, and the priors' scales.",
+            site=found[0] if found else None,
+            index=found[1] if found else None,
+            step=0,
+        )
+
+    # ---------------------------------------------------------------- stochastic
+
+    def _run_stochastic(
+        self,
+        estimator: ELBO | None,
+        optimizer: float | Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None,
+        steps: int | None,
+        subsample: Mapping[str, int] | None,
+        stop: Callable[[Stochastic], bool] | None,
+        average: bool,
+        restarts: int,
+    ) -> None:
+        if self._dtype != self._user_dtype:  # the other method was tried first
+            self._joint = None
+            self._set_up(self._user_dtype)
+        if estimator is None:
+            sites = self._guide_trace.nodes.values()
+            estimator = Reparam() if all(reparameterised(s) for s in sites) else Trace_ELBO()
+        self._estimator = estimator
+        self._optimizer = DEFAULT_RATE if optimizer is None else optimizer
+        self._average = average
+        self._subsample = dict(subsample) if subsample else None
+        best: tuple[float, Any] | None = None
+        for restart in range(restarts):
+            seed = self.seed if restart == 0 else self.seed + 7919 * restart
+            if restart:
+                kept, self.seed = self.seed, seed
+                self._set_up(self._user_dtype)
+                self.seed = kept
+            self._start_stochastic(seed)
+            self._advance(steps, stop, f"fit {restart + 1}/{restarts}" if restarts > 1 else "fit")
+            if restarts == 1 or self.interrupted:
+                break
+            value = self.elbo_estimate(200)[0]
+            self.restarts.append(value)
+            if best is None or value > best[0]:
+                best = (value, self._snapshot())
+        if best is not None and not self.interrupted:
+            self._return_to(best[1])
+
+    def _snapshot(self) -> tuple[Any, ...]:
+        return self.guide, self._store, self._values, self._own, self._stochastic
+
+    def _return_to(self, snapshot: tuple[Any, ...]) -> None:
+        self.guide, self._store, self._values, self._own, self._stochastic = snapshot
+
+    def _start_stochastic(self, seed: int) -> None:
+        plan = None
+        if self._subsample:
+            ((name, batch),) = self._subsample.items()
+            plan = self._plan(name, batch)
+        with self._room(seeded_state(seed)):
+            self._stochastic = Stochastic(
+                self.model,
+                self.guide,
+                self._data,
+                self._estimator,
+                self._optimizer,
+                plan,
+                seed,
+                self._average,
+            )
+
+    def _plan(self, name: str, batch: int) -> PlatePlan:
+        """Find out how the model takes minibatches of a plate."""
+        sizes = {
+            frame.name: frame.full_size or frame.size
+            for site in self._model_trace.nodes.values()
+            if site["type"] == "sample"
+            for frame in site["cond_indep_stack"]
+        }
+        size = sizes[name]
+        if isinstance(self.guide, AutoGuide) and name in getattr(
+            self.guide, "_prototype_frames", {}
+        ):
+            # The guide's own plate would insist on the full size.
+            dim = self.guide._prototype_frames[name].dim
+            self.guide.create_plates = lambda *a, **k: pyro.plate(name, size, dim=dim)
+        entries = [
+            key
+            for key, value in self._data.items()
+            if torch.is_tensor(value) and value.dim() and value.shape[0] == size
+        ]
+        probe = torch.arange(batch)
+        failures = []
+        for cut in (None, entries):
+            plan = PlatePlan(name, size, batch, cut)
+            data, handler = plan.apply(self._data, probe)
+            try:
+                with self._room(seeded_state(self.seed)), torch.no_grad(), handler:
+                    with pyro.validation_enabled(True):
+                        trace = poutine.trace(self.guide).get_trace(**data)
+                        model_trace = poutine.trace(
+                            poutine.replay(self.model, trace=trace)
+                        ).get_trace(**data)
+                        model_trace.compute_log_prob()
+                        trace.compute_log_prob()
+                    self._check_subsample(plan, model_trace, handler)
+                return plan
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                failures.append(f"{type(error).__name__}: {error}".split("\n")[0])
+        raise ValueError(
+            f"The plate {name!r} cannot be subsampled. Given indices, the model raised "
+            f"{failures[0]!r}; given data cut to the minibatch, {failures[1]!r}. Write "
+            f"`with pyro.plate({name!r}, N) as i:` and use i to index data and local parameters "
+            "in model and guide."
+        )
+
+    def _check_subsample(
+        self, plan: PlatePlan, trace: Any, handler: SubsamplePlates
+    ) -> None:
+        """Every site in the plate must have batch entries, scaled by N/B."""
+        for site in trace.nodes.values():
+            frames = [f for f in site.get("cond_indep_stack", ()) if f.name == plan.name]
+            if site["type"] != "sample" or not frames:
+                continue
+            expected = plan.size / plan.batch
+            if not math.isclose(float(site["scale"]), expected, rel_tol=1e-6):
+                raise ValueError(
+                    f"site {site['name']!r} is scaled by {float(site['scale'])}, not {expected}"
+                )
+            shape = site["fn"].batch_shape
+            dim = frames[0].dim
+            if len(shape) < -dim or shape[dim] not in (1, plan.batch):
+                raise ValueError(f"site {site['name']!r} has batch shape {tuple(shape)}")
+
+    def _advance(
+        self,
+        steps: int | None,
+        stop: Callable[[Stochastic], bool] | None = None,
+        description: str = "fit",
+    ) -> None:
+        running = self._stochastic
+        assert running is not None
+        bar = tqdm(total=steps, disable=not self.progress, desc=description, unit="step")
+        smooth = 0.0
+
+        def report(step: int, elbo: float, error: float) -> None:
+            nonlocal smooth
+            smooth = elbo if step == 1 else 0.98 * smooth + 0.02 * elbo
+            bar.update(1)
+            if step % 50 == 0:
+                bar.set_postfix_str(f"ELBO {smooth:.2f}", refresh=False)
+
+        try:
+            with self._room():
+                # The iterate goes on from where it was, which is not the average reported.
+                if running.step:
+                    det.unflat(self._iterate, running.leaves)
+                try:
+                    running.advance(steps, report, stop)
+                finally:
+                    self._iterate = det.flat(running.leaves)
+                    det.unflat(running.result(), running.leaves)
+                    self._keep()
+        except KeyboardInterrupt:
+            self.interrupted = True
+        except NonFiniteError as error:
+            error.fit = self
+            raise
+        finally:
+            bar.close()
+
+    # ---------------------------------------------------------------- what it found
+
+    @property
+    def elbo(self) -> np.ndarray:
+        if self._stochastic is not None:
+            return np.asarray(self._stochastic.elbo)
+        return np.asarray(self._progress.elbo if self._progress else [])
+
+    @property
+    def converged(self) -> bool:
+        if self._stochastic is not None:
+            return self._stochastic.converged
+        return self._progress is not None and self._progress.converged
+
+    @property
+    def monte_carlo_error(self) -> float:
+        if self._stochastic is not None:
+            return self._stochastic.error
+        return self._progress.error if self._progress else math.inf
+
+    @property
+    def convergence(self) -> str:
+        """How far to believe that this is the optimum, in one sentence."""
+        error = self.monte_carlo_error
+        stopped = "It was interrupted. " if self.interrupted else ""
+        known = f"{error:.3f}" if math.isfinite(error) else "not known"
+        if self._stochastic is not None:
+            s = self._stochastic
+            if self.converged:
+                return f"converged after {s.step} steps: Monte Carlo error {error:.3f} sd"
+            return (
+                f"{stopped}Not converged after {s.step} steps: the averaged iterate's Monte Carlo "
+                f"error is {known}, wanted 0.02 posterior sds. Continue with fit.extend(steps)."
+            )
+        p = self._progress
+        if p is None or p.rounds == 0:
+            return f"{stopped}Nothing was optimised yet."
+        if self.converged:
+            return (
+                f"converged with {p.draws} draws: Monte Carlo error {error:.4f} sd, largest "
+                f"gradient {p.gradient:.0e} per sd"
+            )
+        reason = (
+            f"the largest gradient is {p.gradient:.1e} per sd"
+            if p.gradient > det.GRADIENT_TOLERANCE
+            else f"the Monte Carlo error is {known}, wanted 0.02 posterior sds"
+        )
+        return f"{stopped}Not converged with {p.draws} draws: {reason}. See fit.extend()."
+
+    @property
+    def params(self) -> Draws:
+        """The variational (and model) parameters, name -> constrained value."""
+        with self._room():
+            return {n: v.detach().clone() for n, v in pyro.get_param_store().items()}
+
+    def __repr__(self) -> str:
+        latents = {
+            n: tuple(s["value"].shape) for n, s in latent_sites(self._model_trace).items()
+        }
+        shown = ", ".join(f"{n}{list(s) if s else ''}" for n, s in list(latents.items())[:8])
+        more = f" and {len(latents) - 8} more" if len(latents) > 8 else ""
+        guide = self.family or getattr(self.guide, "__name__", type(self.guide).__name__)
+        elbo = f"{self.elbo[-1]:.2f}" if len(self.elbo) else "none yet"
+        if self._stochastic is not None and len(self.elbo):
+            tail = self.elbo[-400:]
+            elbo = f"{tail.mean():.2f} (mean of the last {len(tail)} steps)"
+        return (
+            f"Fit of {getattr(self.model, '__name__', type(self.model).__name__)} "
+            f"by a {guide} guide\n"
+            f"  latents      {shown}{more}\n"
+            f"  method       {self.method} ({self.why})\n"
+            f"  ELBO         {elbo}\n"
+            f"  convergence  {self.convergence}\n"
+            f"  time         {self.seconds:.1f} s, seed {self.seed}"
+        )
+
+    # ---------------------------------------------------------------- using it
+
+    def _out(self, value: torch.Tensor) -> torch.Tensor:
+        """Results come in the caller's precision, whatever was used inside."""
+        return value.to(self._user_dtype) if value.is_floating_point() else value
+
+    def _chunk(self) -> int:
+        size = sum(
+            s["value"].numel()
+            for trace in (self._guide_trace, self._model_trace)
+            for s in trace.nodes.values()
+            if s["type"] == "sample" and torch.is_tensor(s["value"])
+        )
+        return max(1, int(1e7 // max(size, 1)))
+
+    def sample(self, n: int = 1000, seed: int | None = None) -> Draws:
+        """Draws from the guide.
+
+        Args:
+            n: number of draws.
+            seed: of the draws; the fit's own seed if None, so that repeated calls agree.
+
+        Returns:
+            Latent site -> tensor of shape (n, *site shape), on the model's scale.
+        """
+        _positive(n)
+        names = list(latent_sites(self._model_trace))
+
+        def one(_: torch.Tensor) -> Draws:
+            with FunctionalNoise():
+                trace = poutine.trace(self.guide).get_trace(**self._data)
+            return {name: trace.nodes[name]["value"] for name in names}
+
+        with self._room(seeded_state(self._seed(seed, 1))), torch.no_grad():
+            draws = Batched(one, self._chunk(), random=True)(torch.zeros(n))
+        return {k: self._out(v) for k, v in draws.items()}
+
+    def _seed(self, seed: int | None, purpose: int) -> int:
+        entropy = [self.seed if seed is None else seed, purpose]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def predict(
+        self,
+        n: int = 1000,
+        data: Mapping[str, Any] | None = None,
+        draws: Draws | None = None,
+        seed: int | None = None,
+    ) -> Draws:
+        """Draws from the posterior predictive distribution.
+
+        Args:
+            n: number of draws.
+            data: arguments for the model at new inputs (leave the observed one out, or None); the
+                fit's own data if None.
+            draws: posterior draws to use, as from :meth:`sample`; n fresh ones if None.
+            seed: of the draws.
+
+        Returns:
+            Observed and deterministic site -> tensor of shape (n, *site shape).
+        """
+        draws = self.sample(n, seed) if draws is None else draws
+        inputs = self._data if data is None else _cast(data, self._dtype)
+        latent = set(latent_sites(self._model_trace))
+
+        def one(draw: Draws) -> Draws:
+            conditioned = poutine.condition(poutine.uncondition(self.model), data=draw)
+            with FunctionalNoise():
+                trace = poutine.trace(conditioned).get_trace(**inputs)
+            return {
+                name: site["value"]
+                for name, site in trace.nodes.items()
+                if site["type"] == "sample"
+                and name not in latent
+                and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
+            }
+
+        return self._over_draws(one, draws, random=True, seed=self._seed(seed, 2))
+
+    def log_likelihood(self, draws: Draws | None = None, n: int = 1000) -> Draws:
+        """Pointwise log likelihood at posterior draws.
+
+        Args:
+            draws: posterior draws; n fresh ones if None.
+            n: number of draws if none are given.
+
+        Returns:
+            Observed site -> tensor of shape (draws, *batch shape), in nats.
+        """
+        draws = self.sample(n) if draws is None else draws
+        names = list(observed_sites(self._model_trace))
+
+        def one(draw: Draws) -> Draws:
+            trace = poutine.trace(poutine.condition(self.model, data=draw)).get_trace(**self._data)
+            sites = {name: trace.nodes[name] for name in names}
+            return {
+                name: s["fn"].log_prob(s["value"]).expand(s["fn"].batch_shape)
+                for name, s in sites.items()
+            }
+
+        return self._over_draws(one, draws, random=False, seed=0)
+
+    def _over_draws(
+        self, one: Callable[[Draws], Draws], draws: Draws, random: bool, seed: int
+    ) -> Draws:
+        names = [n for n in draws if n in latent_sites(self._model_trace)]
+        with self._room(seeded_state(seed)), torch.no_grad():
+            cast = _cast(draws, self._dtype)
+            batched = Batched(
+                lambda *values: one(dict(zip(names, values, strict=True))), self._chunk(), random
+            )
+            out = batched(*(cast[name] for name in names))
+        return {k: self._out(v) for k, v in out.items()}
+
+    def elbo_estimate(self, n: int = 1000, seed: int | None = None) -> tuple[float, float]:
+        """The ELBO on the full data from n fresh draws.
+
+        Returns:
+            (mean, standard error), in nats.
+        """
+        values = self.log_weights(n, seed).double()
+        return float(values.mean()), float(values.std() / math.sqrt(n))
+
+    def log_weights(self, n: int = 1000, seed: int | None = None) -> torch.Tensor:
+        """log p(x, z) - log q(z) at n draws from the guide: shape (n,), in nats."""
+        _positive(n, 2)
+
+        def one(_: torch.Tensor) -> torch.Tensor:
+            with FunctionalNoise():
+                trace = poutine.trace(self.guide).get_trace(**self._data)
+                model = poutine.trace(poutine.replay(self.model, trace=trace))
+                model_trace = model.get_trace(**self._data)
+            return model_trace.log_prob_sum() - trace.log_prob_sum()
+
+        with self._room(seeded_state(self._seed(seed, 3))), torch.no_grad():
+            return Batched(one, self._chunk(), random=True)(torch.zeros(n))
+
+    def extend(self, steps: int | None = None) -> Fit:
+        """Go on from where the fit stopped, bit for bit as if it had never stopped.
+
+        Args:
+            steps: further steps of the stochastic method. The deterministic method takes none: it
+                solves again with twice as many fresh draws, until it has converged.
+
+        Returns:
+            The fit itself.
+        """
+        began = time.monotonic()
+        self.interrupted = False
+        if self._stochastic is not None:
+            if steps is None or steps < 1:
+                raise ValueError("extend(steps) needs the number of further steps")
+            self._advance(steps)
+        else:
+            if steps is not None:
+                raise ValueError(
+                    "this fit is deterministic: call extend() without steps to solve again with "
+                    "twice the draws, or fit with steps= for stochastic steps"
+                )
+            done = self._progress.rounds if self._progress else 0
+            self._run_deterministic(1, rounds=done + 1 if self.converged else None)
+        self.seconds += time.monotonic() - began
+        return self
+
+    def save(self, path: Any) -> None:
+        """Write the fit to one file (see :mod:`vi_toolkit.storage`)."""
+        from vi_toolkit.storage import save
+
+        save(self, path)
+
+    def to_arviz(self, draws: int = 1000, **options: Any) -> Any:
+        """ArviZ InferenceData (0.x) or DataTree (1.x); see :func:`vi_toolkit.export.to_arviz`."""
+        from vi_toolkit.export import to_arviz
+
+        return to_arviz(self, draws=draws, **options)
+
+    def plot(self) -> Any:
+        """Figure with the ELBO's history and the posterior marginals."""
+        from vi_toolkit.plots import plot_fit
+
+        return plot_fit(self)
+
+
+# -------------------------------------------------------------------- helpers
+
+
+def _private(model: Model, guide: Model | type[AutoGuide]) -> Any:
+    """A copy of the guide for one fit; guides that are plain functions keep no state to copy."""
+    if isinstance(guide, type) and issubclass(guide, AutoGuide):
+        return guide(model)
+    if not isinstance(guide, torch.nn.Module):
+        return guide
+    # Pyro's AutoGuides forget their model when copied (and so does the original), so it is taken
+    # out before and put into both after.
+    autos = [m for m in guide.modules() if isinstance(m, AutoGuide)]
+    models = [(m._model, m.master) for m in autos]
+    try:
+        mine = copy.deepcopy(guide)
+    finally:
+        for auto, (its_model, master) in zip(autos, models, strict=True):
+            auto._model, auto.master = its_model, master
+    copies = [m for m in mine.modules() if isinstance(m, AutoGuide)]
+    for auto, (its_model, _) in zip(copies, models, strict=True):
+        auto._model = its_model
+    return mine
+
+
+def _family_name(guide: Any) -> str | None:
+    declared = getattr(guide, "family", None)
+    if isinstance(declared, str):
+        return declared
+    if type(guide) is AutoDelta:
+        return "point"
+    family = FAMILY_OF.get(type(guide))
+    return family.name if family else None
+
+
+def _float_dtype(data: Any) -> torch.dtype:
+    if isinstance(data, Mapping):
+        for value in data.values():
+            if torch.is_tensor(value) and value.is_floating_point():
+                return value.dtype
+    return torch.get_default_dtype()
+
+
+def _cast(data: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in data.items()
+    }
+
+
+def _positive(n: int, least: int = 1) -> None:
+    if not isinstance(n, int) or n < least:
+        raise ValueError(f"the number of draws must be a whole number of at least {least}, not {n!r}")
+
+
+def _own_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vi-recipes")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+__all__ = ["Fit", "fit", "indices"]

@@ -1,0 +1,242 @@
+"""A model's log joint density as a function of one unconstrained vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.messenger import Messenger
+from torch.distributions import biject_to, constraints
+
+from vi_toolkit.vectorise import Batched
+
+
+@dataclass(frozen=True)
+class Site:
+    """One continuous latent of a model.
+
+    Attributes:
+        name: the sample site.
+        shape: shape of its value, batch and event together.
+        transform: bijection from the unconstrained to the model's own scale.
+        unconstrained_shape: shape of the unconstrained value.
+        slice: where it stands in the flat vector.
+        scale_name: how the unconstrained scale is called: "" (same scale), "log", "logit", "u".
+    """
+
+    name: str
+    shape: torch.Size
+    transform: Any
+    unconstrained_shape: torch.Size
+    slice: slice
+    scale_name: str
+
+    def scalar_names(self) -> list[str]:
+        """One name per unconstrained scalar: ``w[3]``, ``log(sigma)``, ``u(theta)[0]``."""
+        base = f"{self.scale_name}({self.name})" if self.scale_name else self.name
+        return [base + index for index in indices(self.unconstrained_shape)]
+
+
+def indices(shape: torch.Size) -> list[str]:
+    """Subscripts of a tensor's entries in C order, e.g. ``["[0,0]", "[0,1]"]``; ``[""]`` for ()."""
+    if not shape:
+        return [""]
+    grid = torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape))
+    return ["[" + ",".join(str(int(i)) for i in row) + "]" for row in grid]
+
+
+def start_value(site: dict[str, Any]) -> torch.Tensor:
+    """A first value for a latent: the prior median, or the middle of the unconstrained space.
+
+    Pyro's own initialisers draw from the prior, which an improper prior does not allow.
+    """
+    fn = site["fn"]
+    try:
+        return init_to_median(site)
+    except NotImplementedError:
+        with helpful_support_errors(site):
+            transform = biject_to(fn.support)
+        return transform(torch.zeros(transform.inverse_shape(fn.shape())))
+
+
+def _is_subsample(site: dict[str, Any]) -> bool:
+    return type(site["fn"]).__name__ == "_Subsample"
+
+
+def latent_sites(trace: Any) -> dict[str, dict[str, Any]]:
+    """The latent sample sites of a model's trace (plates and auxiliary sites left out)."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not _is_subsample(site)
+    }
+
+
+def observed_sites(trace: Any) -> dict[str, dict[str, Any]]:
+    """The observed sample sites of a model's trace."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not _is_subsample(site)
+        and not site["infer"].get("is_deterministic")  # pyro.deterministic
+        and type(site["fn"]).__name__ != "Unit"  # pyro.factor
+    }
+
+
+def prototype(
+    model: Callable[..., Any],
+    data: Mapping[str, Any],
+    start: Callable[[dict[str, Any]], torch.Tensor] = start_value,
+) -> Any:
+    """Trace of one run of the model in which every latent has a value from ``start``."""
+    with torch.no_grad(), InitMessenger(start):
+        return poutine.trace(model).get_trace(**data)
+
+
+class _Evaluate(Messenger):
+    """Give latents their values and add up log p(x, z), without the cost of keeping a trace."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.values = values
+        self.total: torch.Tensor | float = 0.0
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["is_observed"] = True
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if not _is_subsample(msg):
+            log_prob = msg["fn"].log_prob(msg["value"])
+            self.total = self.total + scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
+
+
+class Joint:
+    """log p(x, z(u)) + log |dz/du| of a Pyro model, at an unconstrained vector u.
+
+    Args:
+        model: Pyro model without discrete latents.
+        data: keyword arguments of the model.
+
+    Attributes:
+        sites: name -> :class:`Site`, in the model's order.
+        names: the d scalar names on the unconstrained scale.
+        dim: d.
+        observations: number of observed scalars.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(y):
+        ...     sigma = pyro.sample("sigma", dist.Exponential(1.0))
+        ...     with pyro.plate("observations", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, sigma), obs=y)
+        >>> joint = Joint(model, {"y": torch.ones(3)})
+        >>> joint.names
+        ['log(sigma)']
+    """
+
+    def __init__(self, model: Callable[..., Any], data: Mapping[str, Any]):
+        self.model = model
+        self.data = dict(data)
+        trace = prototype(model, data)
+        self.sites: dict[str, Site] = {}
+        position = 0
+        for name, site in latent_sites(trace).items():
+            with helpful_support_errors(site):
+                transform = biject_to(site["fn"].support)
+            value = site["value"]
+            shape = transform.inv(value).shape
+            size = shape.numel()
+            self.sites[name] = Site(
+                name,
+                value.shape,
+                transform,
+                shape,
+                slice(position, position + size),
+                _scale_name(site["fn"].support),
+            )
+            position += size
+        self.dim = position
+        self.names = [n for site in self.sites.values() for n in site.scalar_names()]
+        observed = observed_sites(trace)
+        self.observations = sum(site["value"].numel() for site in observed.values())
+        self.start = self.flatten({n: trace.nodes[n]["value"][None] for n in self.sites})[0]
+        # A draw's work is at least its observations; beyond this many numbers at once a batch
+        # leaves the cache and only costs memory.
+        self.chunk = max(8, int(2e7 // max(self.observations + self.dim, 1)))
+        nan = torch.full((), float("nan"), dtype=self.start.dtype)
+        self.many = Batched(self.log_density, self.chunk, bad_point=lambda: nan)
+        self.many_with_gradient = Batched(
+            torch.func.grad_and_value(self.log_density),
+            self.chunk,
+            bad_point=lambda: (torch.full_like(self.start, float("nan")), nan),
+        )
+
+    def log_density(self, u: torch.Tensor) -> torch.Tensor:
+        """Log joint density at one point.
+
+        Args:
+            u: shape (d,).
+
+        Returns:
+            A scalar, differentiable in u.
+        """
+        values, log_jacobian = {}, u.new_zeros(())
+        for site in self.sites.values():
+            part = u[site.slice].reshape(site.unconstrained_shape)
+            values[site.name] = value = site.transform(part)
+            log_jacobian = log_jacobian + site.transform.log_abs_det_jacobian(part, value).sum()
+        with _Evaluate(values) as evaluate:
+            self.model(**self.data)
+        return evaluate.total + log_jacobian
+
+    def log_densities(self, u: torch.Tensor) -> torch.Tensor:
+        """Log joint density at S points, NaN where the model raises. (S, d) -> (S,)."""
+        with torch.no_grad():
+            return self.many(u)
+
+    def gradients(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients (S, d) and values (S,) of the log density at S points (S, d)."""
+        gradient, value = self.many_with_gradient(u)
+        return gradient.detach(), value.detach()
+
+    def flatten(self, draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Draws on the model's scale, sample dimension first, to unconstrained vectors (S, d)."""
+        parts = []
+        for name, site in self.sites.items():
+            value = draws[name]
+            lead = value.shape[: value.dim() - len(site.shape)]
+            parts.append(site.transform.inv(value).reshape(*lead, -1))
+        return torch.cat(parts, -1)
+
+    def unflatten(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Unconstrained vectors (S, d) to draws on the model's own scale."""
+        return {
+            name: site.transform(u[..., site.slice].reshape((*u.shape[:-1], *site.unconstrained_shape)))
+            for name, site in self.sites.items()
+        }
+
+
+def _scale_name(support: Any) -> str:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    kind = type(support)
+    if support is constraints.real or kind is type(constraints.real):
+        return ""
+    if kind in (constraints.greater_than, constraints.greater_than_eq):
+        return "log" if not torch.as_tensor(support.lower_bound).any() else "log excess"
+    if kind in (constraints.interval, constraints.half_open_interval):
+        unit = torch.equal(torch.as_tensor(support.lower_bound).float(), torch.tensor(0.0))
+        unit = unit and torch.equal(torch.as_tensor(support.upper_bound).float(), torch.tensor(1.0))
+        return "logit" if unit else "scaled logit"
+    return "u"

@@ -1,0 +1,352 @@
+"""Stochastic VI: annealed steps, averaged iterates, and a rule for when to stop.
+
+For minibatches, discrete latents, amortised and very large guides. A constant step size leaves
+the iterates jittering around the optimum, and a schedule fixed in advance must guess how long the
+way is. So the steps go in stages of constant step size. A stage is looked at when it is 640 steps
+long, then 1,280, 2,560 and so on: once its last three quarters no longer drift, their average is
+the stage's answer and the step size is divided by four. The fit ends when the average's Monte
+Carlo error, in posterior standard deviations, is small and agrees with the stage before. (The
+error of an average depends on how many steps it is over, not on their size; the step size only
+sets the bias, which shows as the difference between stages.)
+
+The rule follows Dhaka et al., "Robust, Accurate Stochastic Optimization for Variational
+Inference", 2020, and Welandawe et al., "A Framework for Improving the Reliability of Black-box
+Variational Inference", JMLR 2024, in watching the iterates rather than the ELBO. The natural
+units of a variational parameter come from the guide's own Fisher information.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO
+
+from vi_toolkit.deterministic import flat, unflat, unique_leaves
+from vi_toolkit.errors import NonFiniteError
+from vi_toolkit.subsampling import Minibatches, PlatePlan
+
+BLOCKS = 64  # block means per look; then neighbours merge and blocks are twice as long
+FIRST_BLOCK = 10  # steps per block at the start
+SHRINK = 0.25  # of the step size from stage to stage
+ERROR_TOLERANCE = 0.02  # posterior sds
+MOST_STEPS = 40_000  # when neither steps nor convergence end the fit
+
+
+class Stochastic:
+    """A stochastic fit in progress: everything that one step needs and changes.
+
+    Runs inside :func:`~vi_toolkit.scope.borrowed_globals`, which holds its parameters.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        data: Mapping[str, Any],
+        estimator: ELBO,
+        optimizer: float | Callable[[list[torch.Tensor]], torch.optim.Optimizer],
+        plan: PlatePlan | None,
+        seed: int,
+        average: bool = True,
+    ):
+        self.model, self.guide, self.data, self.estimator = model, guide, data, estimator
+        self.plan, self.average = plan, average
+        self.leaves = unique_leaves()
+        if callable(optimizer):
+            self.optimizer = optimizer(self.leaves)
+        else:
+            self.optimizer = torch.optim.Adam(self.leaves, lr=optimizer)
+        self.first_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.batches = (
+            Minibatches(plan.size, plan.batch, torch.Generator().manual_seed(seed))
+            if plan
+            else None
+        )
+        self.rng = torch.Generator().manual_seed(seed).get_state()
+        self.step = 0
+        self.stage = 0
+        self.block_length = FIRST_BLOCK
+        self.in_block = 0
+        self.block_sum = torch.zeros_like(flat(self.leaves))
+        self.blocks: list[torch.Tensor] = []
+        self.stage_average: torch.Tensor | None = None  # of the last completed stage
+        self.error = math.inf
+        self.elbo: list[float] = []
+
+    @property
+    def converged(self) -> bool:
+        return self.error <= ERROR_TOLERANCE
+
+    def one_step(self) -> float:
+        """One optimiser step; returns its ELBO estimate."""
+        data: Mapping[str, Any] = self.data
+        handler: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.plan is not None and self.batches is not None:
+            data, handler = self.plan.apply(self.data, self.batches.next())
+        self.optimizer.zero_grad(set_to_none=True)
+        before = torch.get_rng_state()
+        with handler:
+            loss = self.estimator.loss_and_grads(self.model, self.guide, **data)
+        bad_gradient = next(
+            (p for p in self.leaves if p.grad is not None and not torch.isfinite(p.grad).all()),
+            None,
+        )
+        if not math.isfinite(loss) or bad_gradient is not None:
+            torch.set_rng_state(before)
+            raise blame(self, data, handler, loss, bad_gradient)
+        new = [p for p in unique_leaves() if not any(p is q for q in self.leaves)]
+        if new:
+            names = [n for n, p in pyro.get_param_store().named_parameters() if p is new[0]]
+            raise ValueError(
+                f"the parameter {names[0]!r} appeared only at step {self.step}: register every "
+                "pyro.param on every run of the model or guide"
+            )
+        self.optimizer.step()
+        self.step += 1
+        self.elbo.append(-loss)
+        return -loss
+
+    def watch(self) -> bool:
+        """Book-keeping after a step; True when the stage has just been looked at."""
+        self.block_sum += flat(self.leaves)
+        self.in_block += 1
+        if self.in_block < self.block_length:
+            return False
+        self.blocks.append(self.block_sum / self.block_length)
+        self.block_sum, self.in_block = torch.zeros_like(self.block_sum), 0
+        if len(self.blocks) < BLOCKS:
+            return False
+        tail = torch.stack(self.blocks[BLOCKS // 4 :])
+        if drifts(tail):
+            self._merge_blocks()
+            return True
+        units, average = self.natural_units(), tail.mean(0)
+        noise = float((monte_carlo_error(tail) * units).max())
+        self.error = math.inf
+        if self.stage_average is not None:
+            # A bias linear in the step size shrinks fourfold a stage, so a third of the move
+            # between stages remains.
+            moved = float(((average - self.stage_average).abs() * units).max())
+            self.error = max(noise, moved * SHRINK / (1 - SHRINK))
+        if self.stage_average is not None and noise > ERROR_TOLERANCE:
+            self._merge_blocks()  # only more steps make an average more precise
+            return True
+        if self.converged:
+            return True
+        self.stage_average, self.blocks = average, []
+        self.stage += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] *= SHRINK
+        return True
+
+    def _merge_blocks(self) -> None:
+        pairs = zip(self.blocks[::2], self.blocks[1::2], strict=True)
+        self.blocks = [(a + b) / 2 for a, b in pairs]
+        self.block_length *= 2
+
+    def natural_units(self, draws: int = 64) -> torch.Tensor:
+        """Root of the guide's Fisher information per parameter: 1/sd for a location.
+
+        A change d of a parameter times its unit is the change in posterior standard deviations
+        (root 2 times that for a log scale). Parameters that the guide's density does not depend
+        on (of the model) get the unit 0: their error is not judged.
+        """
+        state = torch.get_rng_state()
+        torch.manual_seed(self.step)
+        total = torch.zeros_like(self.block_sum)
+        data: Mapping[str, Any] = self.data
+        handler: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.plan is not None:
+            rows = torch.randint(0, self.plan.size, (self.plan.batch,))
+            data, handler = self.plan.apply(self.data, rows)
+        for _ in range(draws):
+            with handler:
+                with torch.no_grad():
+                    values = poutine.trace(self.guide).get_trace(**data)
+                # Replayed, so that the draws are constants and only log q depends on parameters.
+                trace = poutine.trace(poutine.replay(self.guide, trace=values)).get_trace(**data)
+            log_q = sum(
+                site["fn"].log_prob(site["value"].detach()).sum()
+                for site in trace.nodes.values()
+                if site["type"] == "sample" and type(site["fn"]).__name__ not in _NO_DENSITY
+            )
+            if not isinstance(log_q, torch.Tensor) or not log_q.requires_grad:
+                return total
+            grads = torch.autograd.grad(log_q, self.leaves, allow_unused=True)
+            total += torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).reshape(-1)
+                    for p, g in zip(self.leaves, grads, strict=True)
+                ]
+            ).square()
+        torch.set_rng_state(state)
+        return (total / draws).sqrt()
+
+    def result(self) -> torch.Tensor:
+        """The parameters to report: an average where the iterates no longer drift."""
+        if self.average and len(self.blocks) >= BLOCKS // 2:
+            tail = torch.stack(self.blocks[len(self.blocks) // 4 :])
+            if self.stage or not drifts(tail):
+                return tail.mean(0)
+        if self.average and self.stage_average is not None:
+            return self.stage_average
+        return flat(self.leaves)
+
+    def advance(
+        self,
+        steps: int | None,
+        report: Callable[[int, float, float], None],
+        stop: Callable[[Stochastic], bool] | None = None,
+    ) -> None:
+        """Take ``steps`` steps, or as many as convergence needs if None.
+
+        Args:
+            steps: number of optimiser steps.
+            report: called after each step with the step, the ELBO and the error so far.
+            stop: asked after each look at a stage; the fit's own rule if None.
+        """
+        end = self.step + steps if steps is not None else MOST_STEPS
+        torch.set_rng_state(self.rng)
+        try:
+            while self.step < end:
+                elbo = self.one_step()
+                looked = self.watch()
+                report(self.step, elbo, self.error)
+                if looked and (stop(self) if stop else steps is None and self.converged):
+                    break
+        finally:
+            self.rng = torch.get_rng_state()
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit, as nested dicts of tensors and numbers."""
+        return {
+            "iterate": flat(self.leaves),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state() if self.batches else None,
+            "rng": self.rng,
+            "step": self.step,
+            "stage": self.stage,
+            "block_length": self.block_length,
+            "in_block": self.in_block,
+            "block_sum": self.block_sum,
+            "blocks": torch.stack(self.blocks) if self.blocks else None,
+            "stage_average": self.stage_average,
+            "error": self.error,
+            "elbo": torch.tensor(self.elbo, dtype=torch.float64),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        unflat(state["iterate"], self.leaves)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.batches:
+            self.batches.restore(state["batches"])
+        self.rng = state["rng"]
+        self.step, self.stage = int(state["step"]), int(state["stage"])
+        self.block_length, self.in_block = int(state["block_length"]), int(state["in_block"])
+        self.block_sum = state["block_sum"]
+        self.blocks = list(state["blocks"]) if state["blocks"] is not None else []
+        self.stage_average = state["stage_average"]
+        self.error = float(state["error"])
+        self.elbo = state["elbo"].tolist()
+
+
+_NO_DENSITY = {"_Subsample", "Delta", "Unit"}
+
+
+def drifts(blocks: torch.Tensor) -> bool:
+    """Whether the block means (blocks, parameters) still go somewhere.
+
+    Compares the means of the two halves: for iterates in equilibrium the squared standardised
+    difference averages about 1 over parameters, a little more with autocorrelation.
+    """
+    half = len(blocks) // 2
+    first, second = blocks[:half], blocks[half:]
+    variance = first.var(0) / half + second.var(0) / (len(blocks) - half)
+    live = variance > 0
+    if not live.any():
+        return False
+    t = (second.mean(0) - first.mean(0))[live].square() / variance[live]
+    return float(t.mean()) > 4.0
+
+
+def monte_carlo_error(blocks: torch.Tensor) -> torch.Tensor:
+    """Standard error of the mean of the blocks per parameter, by 8 batch means."""
+    batches = torch.stack([b.mean(0) for b in blocks.tensor_split(8)])
+    return batches.std(0) / math.sqrt(8)
+
+
+def blame(
+    fit: Stochastic,
+    data: Mapping[str, Any],
+    handler: contextlib.AbstractContextManager,
+    loss: float,
+    bad_gradient: torch.Tensor | None,
+) -> NonFiniteError:
+    """Find the site and index of the first non-finite log density, or gradient."""
+    with torch.no_grad(), handler:
+        guide_trace = poutine.trace(fit.guide).get_trace(**data)
+        model_trace = poutine.trace(poutine.replay(fit.model, trace=guide_trace)).get_trace(**data)
+        found = first_non_finite(guide_trace, "guide") or first_non_finite(model_trace, "model")
+    if found:
+        site, index, what = found
+        return NonFiniteError(
+            f"The ELBO became {loss} at step {fit.step}: {what}. The last good state is this "
+            "error's .fit. A smaller learning rate, a parameter bounded away from its limit or a "
+            "wider prior usually cures it.",
+            site=site,
+            index=index,
+            step=fit.step,
+        )
+    if bad_gradient is not None:
+        store = pyro.get_param_store().named_parameters()
+        name = next((n for n, p in store if p is bad_gradient), "?")
+        assert bad_gradient.grad is not None
+        index = first_index(~torch.isfinite(bad_gradient.grad))
+        return NonFiniteError(
+            f"The gradient of parameter {name!r} became non-finite at step {fit.step}, index "
+            f"{list(index)}, though every log density is finite (often a square root or a norm at "
+            "zero). The last good state is this error's .fit.",
+            site=name,
+            index=index,
+            step=fit.step,
+        )
+    return NonFiniteError(f"The ELBO became {loss} at step {fit.step}.", step=fit.step)
+
+
+def first_index(where: torch.Tensor) -> tuple[int, ...]:
+    flat_index = int(where.reshape(-1).int().argmax())
+    return tuple(int(i) for i in np.unravel_index(flat_index, tuple(where.shape) or (1,)))[
+        : where.dim()
+    ]
+
+
+def first_non_finite(trace: Any, owner: str) -> tuple[str, tuple[int, ...], str] | None:
+    """(site, index, sentence) of the first non-finite value or log density in a trace."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+            continue
+        value = site["value"]
+        if torch.is_tensor(value) and value.is_floating_point():
+            bad = ~torch.isfinite(value)
+            if bad.any():
+                index = first_index(bad)
+                shown = float(value[index])
+                return name, index, f"the {owner}'s site {name!r} is {shown} at index {list(index)}"
+        log_prob = site["fn"].log_prob(value)
+        bad = ~torch.isfinite(log_prob)
+        if bad.any():
+            index = first_index(bad)
+            shown = float(log_prob[index])
+            return (
+                name,
+                index,
+                f"the log density of the {owner}'s site {name!r} is {shown} at index {list(index)}",
+            )
+    return None
