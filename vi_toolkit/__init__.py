@@ -13,6 +13,7 @@ from vi_toolkit.errors import (
 )
 from vi_toolkit.estimators import Reparam
 from vi_toolkit.fitting import Fit, fit
+from vi_toolkit.storage import load
 
 __all__ = [
     "ConvergenceWarning",
@@ -24,6 +25,7 @@ __all__ = [
     "Reparam",
     "VIError",
     "fit",
+    "load",
 ]
 try:  # TEMPORARY while these modules are being written
     from vi_toolkit.comparison import Comparison, compare

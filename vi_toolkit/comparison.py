@@ -149,8 +149,9 @@ def compare(
     mean_field = fit.family == "mean-field" and reference.covariance is not None
     # What a mean-field sd is held against is the reference's conditional sd.
     noise = reference.mcse_conditional_sd / (expected * s) if mean_field else reference.mcse_sd / s
+    kurtosis = np.zeros_like(sd)
+    kurtosis[varies] = scipy.stats.kurtosis(z[:, varies])
     with np.errstate(divide="ignore", invalid="ignore"):
-        kurtosis = np.where(varies, scipy.stats.kurtosis(z), 0.0)
         # se of log sd is sqrt((kurtosis + 2) / 4n), with the excess kurtosis.
         own_se = np.sqrt(np.maximum(kurtosis + 2, 0) / (4 * draws))
         log_se = np.hypot(noise, own_se)

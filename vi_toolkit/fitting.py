@@ -234,6 +234,7 @@ class Fit:
         self._stochastic: Stochastic | None = None
         self._progress: det.Progress | None = None
         self._joint: Joint | None = None
+        self._cannot_extend = ""
         self._set_up(dtype)
 
     # ---------------------------------------------------------------- set-up
@@ -465,13 +466,7 @@ class Fit:
         if self._dtype != self._user_dtype:  # the other method was tried first
             self._joint = None
             self._set_up(self._user_dtype)
-        if estimator is None:
-            sites = self._guide_trace.nodes.values()
-            estimator = Reparam() if all(reparameterised(s) for s in sites) else Trace_ELBO()
-        self._estimator = estimator
-        self._optimizer = DEFAULT_RATE if optimizer is None else optimizer
-        self._average = average
-        self._subsample = dict(subsample) if subsample else None
+        self._prepare_stochastic(estimator, optimizer, average, subsample)
         best: tuple[float, Any] | None = None
         for restart in range(restarts):
             seed = self.seed if restart == 0 else self.seed + 7919 * restart
@@ -489,6 +484,21 @@ class Fit:
                 best = (value, self._snapshot())
         if best is not None and not self.interrupted:
             self._return_to(best[1])
+
+    def _prepare_stochastic(
+        self,
+        estimator: ELBO | None,
+        optimizer: float | Callable[[list[torch.Tensor]], torch.optim.Optimizer] | None,
+        average: bool,
+        subsample: Mapping[str, int] | None,
+    ) -> None:
+        if estimator is None:
+            sites = self._guide_trace.nodes.values()
+            estimator = Reparam() if all(reparameterised(s) for s in sites) else Trace_ELBO()
+        self._estimator = estimator
+        self._optimizer = DEFAULT_RATE if optimizer is None else optimizer
+        self._average = average
+        self._subsample = dict(subsample) if subsample else None
 
     def _snapshot(self) -> tuple[Any, ...]:
         return self.guide, self._store, self._values, self._own, self._stochastic
@@ -837,6 +847,8 @@ class Fit:
         """
         began = time.monotonic()
         self.interrupted = False
+        if self._cannot_extend:
+            raise ValueError(self._cannot_extend)
         if self._stochastic is not None:
             if steps is None or steps < 1:
                 raise ValueError("extend(steps) needs the number of further steps")

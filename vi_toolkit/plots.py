@@ -103,7 +103,7 @@ def _draw_elbo(axes: Axes, fit: Fit) -> None:
         # Differences far below a nat are nothing to look at.
         low = min(low, high - 1)
         if high - finite.min() < 3 * (high - low):
-            low = finite.min()
+            low = min(low, finite.min())
         margin = 0.06 * (high - low)
         axes.set_ylim(low - margin, high + margin)
         hidden = int((finite < low - margin).sum())

@@ -1,0 +1,110 @@
+import pyro.distributions as dist
+import pytest
+import torch
+
+from tests.tolerances import Z
+from vi_toolkit.noise import (
+    FixedNoise,
+    FunctionalNoise,
+    RecordNoise,
+    UnsupportedNoise,
+    fixed_normals,
+)
+
+
+def test_fixed_normals_match_the_first_two_moments_exactly():
+    z = fixed_normals(64, 5, seed=0)
+    assert z.shape == (64, 5)
+    assert z.mean(0).abs().max() < 1e-14
+    assert (z.T @ z / 64 - torch.eye(5)).abs().max() < 1e-12
+
+
+def test_fixed_normals_too_few_for_a_covariance_match_the_variances():
+    z = fixed_normals(8, 20, seed=0)
+    assert (z.square().mean(0) - 1).abs().max() < 1e-12
+
+
+def test_fixed_normals_differ_by_seed_and_offset_and_repeat():
+    a = fixed_normals(16, 2, 0, 0)
+    assert torch.equal(a, fixed_normals(16, 2, 0, 0))
+    assert not torch.equal(a, fixed_normals(16, 2, 0, 1))
+    assert not torch.equal(a, fixed_normals(16, 2, 1, 0))
+
+
+FAMILIES = [
+    dist.Normal(torch.zeros(3), 2.0),
+    dist.LogNormal(torch.tensor(0.3), 0.5),
+    dist.Gamma(torch.tensor([0.3, 2.0, 9.0]), 1.5),
+    dist.InverseGamma(torch.tensor(4.0), 2.0),
+    dist.Beta(torch.tensor(2.0), 3.0),
+    dist.Dirichlet(torch.tensor([0.5, 1.0, 3.0])),
+    dist.MultivariateNormal(torch.zeros(2), torch.tensor([[2.0, 0.5], [0.5, 1.0]])),
+    dist.Exponential(torch.tensor(2.0)),
+    dist.Laplace(torch.tensor(0.0), 1.0),
+    dist.StudentT(torch.tensor(7.0)),
+    dist.Gumbel(torch.tensor(0.0), 1.0),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: type(f).__name__)
+def test_served_noise_leaves_the_distribution_as_it_is(family):
+    """Samples from given base noise have the distribution's own mean and variance."""
+    with RecordNoise() as record:
+        family.rsample()
+    n = 4_000
+    draws = []
+    for z in torch.randn(n, record.total):
+        with FixedNoise(z):
+            draws.append(family.rsample())
+    draws = torch.stack(draws).double()
+    error = draws.std(0) / n**0.5
+    assert ((draws.mean(0) - family.mean).abs() <= Z * error).all()
+    centred = (draws - draws.mean(0)).square()
+    assert ((centred.mean(0) - family.variance).abs() <= Z * centred.std(0) / n**0.5).all()
+
+
+def test_a_gamma_draw_is_smooth_in_its_shape_at_fixed_noise():
+    z = torch.tensor([0.7], dtype=torch.float64)
+
+    def draw(shape):
+        with FixedNoise(z):
+            return dist.Gamma(shape, torch.ones((), dtype=torch.float64)).rsample()
+
+    shape = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(draw(shape), shape)
+    h = 1e-5
+    numerical = (draw(shape.detach() + h) - draw(shape.detach() - h)) / (2 * h)
+    assert abs(float(slope - numerical)) < 1e-5 * abs(float(numerical))
+
+
+def test_the_same_noise_under_vmap_and_one_by_one():
+    z = torch.randn(7, 4, dtype=torch.float64)
+    concentration = torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
+
+    def draw(z):
+        with FixedNoise(z):
+            gamma = dist.Gamma(concentration, 1.0).rsample()
+            normal = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0).rsample()
+        return gamma.sum() + normal
+
+    batched = torch.func.vmap(draw)(z)
+    assert torch.allclose(batched, torch.stack([draw(row) for row in z]), rtol=1e-12)
+
+
+def test_discrete_draws_are_refused():
+    with pytest.raises(UnsupportedNoise, match="bernoulli"), RecordNoise():
+        dist.Bernoulli(torch.tensor(0.5)).sample()
+
+
+def test_a_guide_that_asks_for_more_noise_than_before_is_refused():
+    with pytest.raises(UnsupportedNoise, match="not fixed"), FixedNoise(torch.zeros(1)):
+        dist.Normal(torch.zeros(2), 1.0).rsample()
+
+
+def test_functional_noise_gives_each_draw_its_own_numbers_under_vmap():
+    def draw(_):
+        with FunctionalNoise():
+            return dist.Normal(torch.zeros(()), 1.0).rsample()
+
+    draws = torch.func.vmap(draw, randomness="different")(torch.zeros(1000))
+    assert draws.unique().numel() > 990
