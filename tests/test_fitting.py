@@ -171,7 +171,7 @@ def test_the_stochastic_method_knows_its_monte_carlo_error():
     precision = 3 + 0.01
     exact = 7.0 / precision
     errors = []
-    for seed in range(4):
+    for seed in range(3):
         fit = vi.fit(model, AutoNormal, {"y": y}, method="stochastic", seed=seed, progress=False)
         assert fit.converged and fit.monte_carlo_error <= 0.02
         loc = float(fit.params["AutoNormal.locs.mu"])
@@ -333,7 +333,7 @@ def test_networks_and_tensors_that_the_guide_closes_over_are_given_back_untouche
     data = {"y": torch.linspace(-1, 1, 8)}
     fit = quietly(model, guide, data, steps=50)
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
-    assert float(start) == 0.0
+    assert start.item() == 0.0
     again = quietly(model, guide, data, steps=50)
     assert np.array_equal(fit.elbo, again.elbo)
     assert not torch.equal(fit.params["net$$$weight"], before["weight"])
@@ -347,13 +347,14 @@ def test_a_non_finite_elbo_names_site_index_and_step_and_keeps_the_last_good_sta
     def model(y):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
         with pyro.plate("observations", len(y)):
-            # The rate overflows once a has moved far enough.
-            pyro.sample("y", dist.Normal((a * 200).exp() * y, 1.0), obs=y)
+            # Past 1.5 the square root has no value; the factor pushes a there.
+            pyro.sample("y", dist.Normal((1.5 - a * y).sqrt(), 1.0), obs=y)
+            pyro.factor("push", 50 * a)
 
     def guide(y):
         pyro.sample("a", dist.Delta(pyro.param("at", torch.tensor(0.0))))
 
-    data = {"y": torch.tensor([0.0, 1e30])}
+    data = {"y": torch.tensor([0.0, 1.0])}
     with pytest.raises(vi.NonFiniteError) as caught:
         vi.fit(model, guide, data, steps=500, optimizer=0.05, progress=False)
     error = caught.value

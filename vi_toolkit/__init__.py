@@ -3,33 +3,34 @@
 ``fit`` runs it, ``compare`` sets it beside a reference posterior, ``Fit`` holds what came out.
 """
 
+from vi_toolkit.comparison import Comparison, compare
 from vi_toolkit.errors import (
     ConvergenceWarning,
     LoadError,
     NonFiniteError,
     NotDeterministicError,
     PreflightError,
+    ReferenceError,
     VIError,
 )
 from vi_toolkit.estimators import Reparam
 from vi_toolkit.fitting import Fit, fit
+from vi_toolkit.reference import Reference
 from vi_toolkit.storage import load
 
 __all__ = [
+    "Comparison",
     "ConvergenceWarning",
     "Fit",
     "LoadError",
     "NonFiniteError",
     "NotDeterministicError",
     "PreflightError",
+    "Reference",
+    "ReferenceError",
     "Reparam",
     "VIError",
+    "compare",
     "fit",
     "load",
 ]
-try:  # TEMPORARY while these modules are being written
-    from vi_toolkit.comparison import Comparison, compare
-    from vi_toolkit.reference import Reference
-    __all__ += ["Comparison", "Reference", "compare"]
-except ImportError:
-    pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import platform
 import time
@@ -21,6 +22,7 @@ from pyro.infer.autoguide import (
     AutoGuide,
     AutoLaplaceApproximation,
 )
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.params.param_store import ParamStoreDict
 from tqdm.auto import tqdm
 
@@ -28,7 +30,7 @@ from vi_toolkit import deterministic as det
 from vi_toolkit.errors import ConvergenceWarning, NonFiniteError, NotDeterministicError
 from vi_toolkit.estimators.reparam import Reparam, reparameterised
 from vi_toolkit.families import FAMILY_OF, set_parameter, write_to_guide
-from vi_toolkit.joint import Joint, indices, latent_sites, observed_sites, prototype
+from vi_toolkit.joint import Joint, indices, latent_sites, observed_sites, prototype, start_value
 from vi_toolkit.modes import find_modes
 from vi_toolkit.noise import FunctionalNoise, UnsupportedNoise
 from vi_toolkit.preflight import preflight
@@ -303,11 +305,14 @@ class Fit:
                     if not torch.is_tensor(finite[1]):
                         raise RuntimeError
             except (RuntimeError, ValueError, TypeError):
-                # A tensor of the model's own is single precision and will not mix with double.
+                # (NotImplementedError is a RuntimeError.) A tensor of the model's own is single precision and will not mix with double.
                 self._joint = None
                 self._set_up(native)
         with self._room(seeded_state(self.seed)):
-            joint = self._make_joint()
+            try:
+                joint = self._make_joint()
+            except NotImplementedError as error:  # a support without a bijection to the reals
+                return str(error).split("\n")[0]
             if joint.dim == 0:
                 return "the model has no continuous latent"
             if limits:
@@ -889,7 +894,7 @@ class Fit:
 def _private(model: Model, guide: Model | type[AutoGuide]) -> Any:
     """A copy of the guide for one fit; guides that are plain functions keep no state to copy."""
     if isinstance(guide, type) and issubclass(guide, AutoGuide):
-        return guide(model)
+        return _starts_anywhere(guide(model))
     if not isinstance(guide, torch.nn.Module):
         return guide
     # Pyro's AutoGuides forget their model when copied (and so does the original), so it is taken
@@ -904,7 +909,32 @@ def _private(model: Model, guide: Model | type[AutoGuide]) -> Any:
     copies = [m for m in mine.modules() if isinstance(m, AutoGuide)]
     for auto, (its_model, _) in zip(copies, models, strict=True):
         auto._model = its_model
-    return mine
+    return _starts_anywhere(mine)
+
+
+def _starts_anywhere(guide: torch.nn.Module) -> torch.nn.Module:
+    """Let Pyro's autoguides start at latents that cannot be sampled (improper priors).
+
+    Their initialisers draw from the prior first; where that is impossible, the middle of the
+    unconstrained space has to do.
+    """
+    for auto in guide.modules():
+        wrapped = getattr(auto, "_model", (None,))[0]
+        inner = getattr(wrapped, "func", None)  # Pyro's partial(wrap, messenger, model)
+        if isinstance(inner, functools.partial) and isinstance(inner.args[0], InitMessenger):
+            messenger, model = inner.args[:2]
+            auto._model = (InitMessenger(_tolerant(messenger.init_fn))(model),)
+    return guide
+
+
+def _tolerant(init: Callable[[dict[str, Any]], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def value(site: dict[str, Any]) -> torch.Tensor:
+        try:
+            return init(site)
+        except NotImplementedError:
+            return start_value(site)
+
+    return value
 
 
 def _family_name(guide: Any) -> str | None:

@@ -86,7 +86,7 @@ def observed_sites(trace: Any) -> dict[str, dict[str, Any]]:
         if site["type"] == "sample"
         and site["is_observed"]
         and not _is_subsample(site)
-        and not site["infer"].get("is_deterministic")  # pyro.deterministic
+        and not site["infer"].get("_deterministic")  # pyro.deterministic
         and type(site["fn"]).__name__ != "Unit"  # pyro.factor
     }
 

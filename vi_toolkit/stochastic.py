@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,7 +93,9 @@ class Stochastic:
             data, handler = self.plan.apply(self.data, self.batches.next())
         self.optimizer.zero_grad(set_to_none=True)
         before = torch.get_rng_state()
-        with handler:
+        with handler, warnings.catch_warnings():
+            # Pyro warns of what is raised below, with the site's name.
+            warnings.filterwarnings("ignore", message="Encountered ")
             loss = self.estimator.loss_and_grads(self.model, self.guide, **data)
         bad_gradient = next(
             (p for p in self.leaves if p.grad is not None and not torch.isfinite(p.grad).all()),
