@@ -696,7 +696,7 @@ class Fit:
             elbo = f"{tail.mean():.2f} (mean of the last {len(tail)} steps)"
         return (
             f"Fit of {getattr(self.model, '__name__', type(self.model).__name__)} "
-            f"by a {guide} guide\n"
+            f"by guide {guide}\n"
             f"  latents      {shown}{more}\n"
             f"  method       {self.method} ({self.why})\n"
             f"  ELBO         {elbo}\n"
