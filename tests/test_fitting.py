@@ -148,9 +148,7 @@ def test_minibatches_reach_the_posterior_with_either_way_of_writing_the_model():
     data = regression_data(n=203)  # ragged last batch: 203 = 4 * 50 + 3
     mean, covariance, precision = regression_posterior(**data)
     for model, cut in ((regression, ["X", "y"]), (indexed, None)):
-        fit = quietly(
-            model, AutoNormal(model), data, subsample={"observations": 50}, steps=6000
-        )
+        fit = quietly(model, AutoNormal(model), data, subsample={"observations": 50}, steps=6000)
         assert fit.method == "stochastic" and fit._stochastic.plan.cut == cut
         location, scale, n = moments(fit)
         sd = precision.diagonal().rsqrt()

@@ -31,9 +31,7 @@ def test_log_density_is_minus_the_potential_of_pyros_own_nuts():
         differences = []
         for scale in (0.0, 0.5, 1.0):
             u = joint.start + scale
-            values = {
-                n: u[s.slice].reshape(s.unconstrained_shape) for n, s in joint.sites.items()
-            }
+            values = {n: u[s.slice].reshape(s.unconstrained_shape) for n, s in joint.sites.items()}
             differences.append(float(joint.log_density(u) + potential(values)))
     assert set(start) == set(joint.sites)
     assert max(abs(d) for d in differences) < 1e-10

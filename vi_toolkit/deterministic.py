@@ -299,7 +299,11 @@ def maximise(
     Returns:
         The best coordinates found, the ELBO there and the largest entry of its gradient.
     """
-    best_x, best_value, best_gradient = torch.zeros(problem.size, dtype=z.dtype), -math.inf, math.inf
+    best_x, best_value, best_gradient = (
+        torch.zeros(problem.size, dtype=z.dtype),
+        -math.inf,
+        math.inf,
+    )
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best_x, best_value, best_gradient
@@ -495,5 +499,3 @@ def family_starter(guide_class: type, rank: int | None) -> tuple[Callable, Calla
         return (lambda m, p: LowRank.around(m, p, rank or 1)), None
     assert family is not LowRank
     return family.around, lambda m: family.isotropic(m, 0.1)  # type: ignore[union-attr]
-
-

@@ -119,9 +119,7 @@ def fit(
         2.0
     """
     if method not in ("auto", "deterministic", "stochastic"):
-        raise ValueError(
-            f"method must be 'auto', 'deterministic' or 'stochastic', not {method!r}"
-        )
+        raise ValueError(f"method must be 'auto', 'deterministic' or 'stochastic', not {method!r}")
     for name, value in (("steps", steps), ("restarts", restarts)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a positive whole number, not {value!r}")
@@ -177,9 +175,7 @@ def fit(
     if result.method == "deterministic":
         result._run_deterministic(restarts)
     else:
-        result._run_stochastic(
-            estimator, optimizer, steps, subsample, stop, average, restarts
-        )
+        result._run_stochastic(estimator, optimizer, steps, subsample, stop, average, restarts)
     result.seconds = time.monotonic() - began
     if not result.converged and not result.interrupted and steps is None:
         warnings.warn(result.convergence, ConvergenceWarning, stacklevel=2)
@@ -270,9 +266,7 @@ class Fit:
         ``pyro.param``) hold the fit's values inside the block only.
         """
         with borrowed_globals(self._store, rng_state, self._dtype):
-            leaves = {
-                n: p for n, p in self._store.named_parameters() if id(p) not in self._own
-            }
+            leaves = {n: p for n, p in self._store.named_parameters() if id(p) not in self._own}
             theirs = {n: p.detach().clone() for n, p in leaves.items()}
             with torch.no_grad():
                 for name, leaf in leaves.items():
@@ -287,9 +281,7 @@ class Fit:
 
     def _keep(self) -> None:
         """Take the store's present values as the fit's own. Inside :meth:`_room`."""
-        self._values = {
-            n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()
-        }
+        self._values = {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}
 
     def _set_up_deterministic(self, limits: bool) -> str | None:
         """Prepare the deterministic method; returns what stands in its way, or None."""
@@ -573,9 +565,7 @@ class Fit:
             "in model and guide."
         )
 
-    def _check_subsample(
-        self, plan: PlatePlan, trace: Any, handler: SubsamplePlates
-    ) -> None:
+    def _check_subsample(self, plan: PlatePlan, trace: Any, handler: SubsamplePlates) -> None:
         """Every site in the plate must have batch entries, scaled by N/B."""
         for site in trace.nodes.values():
             frames = [f for f in site.get("cond_indep_stack", ()) if f.name == plan.name]
@@ -684,9 +674,7 @@ class Fit:
             return {n: v.detach().clone() for n, v in pyro.get_param_store().items()}
 
     def __repr__(self) -> str:
-        latents = {
-            n: tuple(s["value"].shape) for n, s in latent_sites(self._model_trace).items()
-        }
+        latents = {n: tuple(s["value"].shape) for n, s in latent_sites(self._model_trace).items()}
         shown = ", ".join(f"{n}{list(s) if s else ''}" for n, s in list(latents.items())[:8])
         more = f" and {len(latents) - 8} more" if len(latents) > 8 else ""
         guide = self.family or getattr(self.guide, "__name__", type(self.guide).__name__)
@@ -964,7 +952,9 @@ def _cast(data: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def _positive(n: int, least: int = 1) -> None:
     if not isinstance(n, int) or n < least:
-        raise ValueError(f"the number of draws must be a whole number of at least {least}, not {n!r}")
+        raise ValueError(
+            f"the number of draws must be a whole number of at least {least}, not {n!r}"
+        )
 
 
 def _own_version() -> str:

@@ -222,7 +222,9 @@ class Joint:
     def unflatten(self, u: torch.Tensor) -> dict[str, torch.Tensor]:
         """Unconstrained vectors (S, d) to draws on the model's own scale."""
         return {
-            name: site.transform(u[..., site.slice].reshape((*u.shape[:-1], *site.unconstrained_shape)))
+            name: site.transform(
+                u[..., site.slice].reshape((*u.shape[:-1], *site.unconstrained_shape))
+            )
             for name, site in self.sites.items()
         }
 

@@ -148,9 +148,7 @@ def hessians(joint: Joint, u: torch.Tensor) -> torch.Tensor:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch's own resize notices
                 one = torch.func.hessian(joint.log_density)
-                return torch.cat(
-                    [torch.func.vmap(one)(part).detach() for part in u.split(chunk)]
-                )
+                return torch.cat([torch.func.vmap(one)(part).detach() for part in u.split(chunk)])
         except torch.linalg.LinAlgError:
             pass  # one bad point fails the batch; differences treat the points one by one
         except (RuntimeError, NotImplementedError):
