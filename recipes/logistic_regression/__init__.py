@@ -19,7 +19,7 @@ True
 
 from .data import coords, load_data, simulate
 from .guide import GUIDES, full_rank, guide, mean_field
-from .mcmc import reference, stored_reference
+from .mcmc import reference
 from .model import LATENTS, model
 
 __all__ = [
@@ -33,5 +33,4 @@ __all__ = [
     "model",
     "reference",
     "simulate",
-    "stored_reference",
 ]

@@ -9,12 +9,16 @@ A prediction is kept as its logit, log p - log(1 - p): a probability of 1 - 1e-2
 floating point, and the log density of the outcome it rules out would be lost.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
 from scipy.special import expit, log_expit
 from sklearn.linear_model import LogisticRegression
+
+import vi_toolkit as vi
 
 # Bins of the predicted probability, narrow at the ends because most patients are clear cases.
 EDGES = (0.0, 0.02, 0.2, 0.8, 0.98, 1.0)
@@ -32,6 +36,12 @@ def predictive_logits(draws, X):
     eta = draws["intercept"][:, None] + draws["coefficients"] @ X.T
     logsigmoid = torch.nn.functional.logsigmoid
     return (logsigmoid(eta).logsumexp(0) - logsigmoid(-eta).logsumexp(0)).numpy()
+
+
+def nuts_predictive_logits():
+    """The same of the NUTS draws behind reference.json, for the test split: array (143,)."""
+    reference = vi.Reference.load(Path(__file__).with_name("reference.json"))
+    return np.array(reference.made["test_predictive_logits"])
 
 
 def point_estimate(X, y, penalty=0.0, tolerance=1e-4):

@@ -1,7 +1,6 @@
 """The reference posterior by NUTS, and what it predicts for the held-out patients."""
 
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,19 +14,8 @@ from .evaluate import predictive_logits
 from .model import model
 
 
-def stored_reference():
-    """The vi.Reference in reference.json, as `reference()` made it.
-
-    >>> stored_reference()
-    Reference(nuts, 31 scalars, near-Gaussian)
-    """
-    return vi.Reference.load(Path(__file__).with_name("reference.json"))
-
-
 def reference(chains=4, draws=4000, warmup=1000, seed=0, progress=True):
-    """Run NUTS on the training split: what `python -m recipes reference` writes to reference.json.
-
-    Takes some minutes; `stored_reference()` reads the result.
+    """vi.Reference of the training split; what `python -m recipes reference` writes to disk.
 
     The predictions for the 143 test patients are kept beside the moments, in
     `made["test_predictive_logits"]`: the held-out score of NUTS needs the draws themselves, which

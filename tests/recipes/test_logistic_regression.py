@@ -1,5 +1,7 @@
 """Logistic regression: one datum against quadrature, 426 patients against NUTS, and predictions."""
 
+from pathlib import Path
+
 import numpy as np
 import pyro.poutine as poutine
 import pytest
@@ -18,13 +20,13 @@ from recipes.logistic_regression import (
     model,
     one_datum,
     simulate,
-    stored_reference,
 )
 from recipes.logistic_regression.evaluate import (
     calibration_error,
     chance_calibration_error,
     difference,
     log_predictive_density,
+    nuts_predictive_logits,
     point_estimate,
     predictive_logits,
     reliability,
@@ -33,13 +35,14 @@ from recipes.logistic_regression.evaluate import (
 from recipes.logistic_regression.optimum import elbo, gaussian_optimum
 from tests.tolerances import Z
 
+REFERENCE = Path(__file__).parents[2] / "recipes" / "logistic_regression" / "reference.json"
 FALSE_ALARM = 2 * scipy.stats.norm.sf(Z)
 DRAWS = 20_000
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return stored_reference()
+    return vi.Reference.load(REFERENCE)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +56,12 @@ def comparisons(fits, reference):
 
 
 @pytest.fixture(scope="module")
-def predictions(fits, reference):
+def predictions(fits):
     """label -> predictive logits of the 143 held-out patients."""
     X = load_data("test")["X"]
     vi_logits = {k: predictive_logits(fit.sample(DRAWS), X) for k, fit in fits.items()}
     return vi_logits | {
-        "NUTS": np.array(reference.made["test_predictive_logits"]),
+        "NUTS": nuts_predictive_logits(),
         "maximum likelihood": predictive_logits(point_estimate(**load_data()), X),
     }
 
@@ -129,12 +132,7 @@ def test_toolkit_quadrature_agrees(x):
 def test_elbo_is_largest_at_the_optimum_and_below_the_evidence(x):
     q = one_datum.gaussian_optimum(x)
     h = 1e-4
-    for mean, sd in (
-        (q.mean + h, q.sd),
-        (q.mean - h, q.sd),
-        (q.mean, q.sd + h),
-        (q.mean, q.sd - h),
-    ):
+    for mean, sd in ((q.mean + h, q.sd), (q.mean - h, q.sd), (q.mean, q.sd + h), (q.mean, q.sd - h)):
         assert one_datum.elbo(mean, sd, x) < q.elbo
     assert one_datum.laplace(x).elbo < q.elbo < one_datum.LOG_EVIDENCE
 
