@@ -28,7 +28,7 @@ import pyro.poutine as poutine
 import scipy.optimize
 import torch
 
-from vi_toolkit.families import Family, FullRank, LowRank, positive_definite
+from vi_toolkit.families import Family, LowRank, positive_definite
 from vi_toolkit.joint import Joint
 from vi_toolkit.modes import Mode, find_modes
 from vi_toolkit.noise import FixedNoise, RecordNoise, fixed_normals
@@ -119,7 +119,8 @@ class GuideProblem:
         self.per_draw = Batched(self._against_target if target else self._elbo, joint.chunk)
 
     def _replace(self, **changes: Any) -> GuideProblem:
-        settings = dict(origin=self.origin, basis=self.basis, target=self.target) | changes
+        settings: dict[str, Any] = {"origin": self.origin, "basis": self.basis}
+        settings |= {"target": self.target} | changes
         return GuideProblem(
             self.model, self.guide, self.data, self.joint, self.noise_dim, **settings
         )
@@ -349,7 +350,7 @@ def solve(
 ) -> tuple[Problem, float, float]:
     """Maximise to convergence, renewing the whitening where it no longer fits."""
     value, gradient = -math.inf, math.inf
-    for attempt in range(5):
+    for _ in range(5):
         x, value, gradient = maximise(problem, z, 300, history, each)
         problem = problem.moved(x)
         if gradient <= GRADIENT_TOLERANCE or not math.isfinite(value):
@@ -369,31 +370,49 @@ def first_problem(
     """The family's member to start from: best by ELBO over modes reached from many starts."""
     report("looking for modes")
     modes = find_modes(joint, starts, seed, report=report)
-    candidates = [family(m.location, m.precision) for m in modes]
+    at_modes = [FamilyProblem(joint, family(m.location, m.precision)) for m in modes]
+    elsewhere = []
     if isotropic is not None:
         generator = torch.Generator().manual_seed(seed)
         spread = torch.randn(2, joint.dim, generator=generator, dtype=joint.start.dtype)
         for centre in (joint.start, torch.zeros_like(joint.start), *spread):
-            candidates.append(isotropic(centre))
-    problems = [FamilyProblem(joint, q) for q in candidates]
-    if not problems:
+            elsewhere.append(FamilyProblem(joint, isotropic(centre)))
+    if not at_modes + elsewhere:
         return None
-    z = normals(problems[0], first_draws(problems[0]), seed, 10_000, joint.start.dtype)
-    ranked = sorted(
-        ((elbo_or_minus_infinity(p, z), i) for i, p in enumerate(problems)), reverse=True
+    z = normals(
+        (at_modes + elsewhere)[0],
+        first_draws((at_modes + elsewhere)[0]),
+        seed,
+        10_000,
+        joint.start.dtype,
     )
-    ranked = [(e, i) for e, i in ranked if e > -math.inf] or ranked[:1]
-    best, best_value = problems[ranked[0][1]], -math.inf
-    kept = ranked[:POLISHED_STARTS]
-    if len(kept) == 1:
-        return best
-    for number, (_, i) in enumerate(kept):
-        report(f"start {number + 1} of {len(kept)}")
-        x, value, _ = maximise(problems[i], z, 100)
+    # A density may rise without bound towards a place of no mass and take every mode with it, so
+    # the best of the starts that know nothing of modes always competes with the best of the modes.
+    kept = [ranked(at_modes, z)[:POLISHED_STARTS], ranked(elsewhere, z)[:1]]
+    finalists = [polished(group, z, 25, report) for group in kept if group]
+    return polished(finalists or (at_modes + elsewhere)[:1], z, 100, report)
+
+
+def polished(
+    problems: list[FamilyProblem], z: torch.Tensor, iterations: int, report: Callable[[str], None]
+) -> FamilyProblem:
+    """The best of ``problems``, moved, after so many iterations of each."""
+    if len(problems) == 1:
+        return problems[0]
+    best, best_value = problems[0], -math.inf
+    for number, problem in enumerate(problems):
+        report(f"start {number + 1} of {len(problems)}")
+        x, value, _ = maximise(problem, z, iterations)
         # Equal optima differ by rounding; the first, from the better start, is then kept.
-        if value > best_value + 1e-6 * abs(best_value):
-            best, best_value = problems[i].moved(x), value
+        if value > best_value + 1e-6 * abs(value):
+            best, best_value = problem.moved(x), value
     return best
+
+
+def ranked(problems: list[FamilyProblem], z: torch.Tensor) -> list[FamilyProblem]:
+    """Those with a finite ELBO over the draws z, the best first."""
+    scored = [(elbo_or_minus_infinity(p, z), i) for i, p in enumerate(problems)]
+    return [problems[i] for elbo, i in sorted(scored, reverse=True) if elbo > -math.inf]
 
 
 def elbo_or_minus_infinity(problem: Problem, z: torch.Tensor) -> float:

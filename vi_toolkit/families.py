@@ -178,7 +178,11 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class LowRank:
-    """N(m, diag(s^2) + diag(s) W W^T diag(s)), Pyro's parametrisation; noise (d + rank)."""
+    """N(m, diag(s^2) + diag(s) W W^T diag(s)), Pyro's parametrisation; noise (d + rank).
+
+    Coordinates: d shifts in units of the whitening, d logs of s, and one such shift for every
+    column of diag(s) W, which is a direction in the space of the latents too.
+    """
 
     location: torch.Tensor
     scale: torch.Tensor
@@ -207,14 +211,24 @@ class LowRank:
     def size(self) -> int:
         return 2 * len(self.location) + self.factor.numel()
 
+    def _shift(self, a: torch.Tensor) -> torch.Tensor:
+        """Coordinates (d, columns) to shifts of the latents (d, columns)."""
+        return self.whitening @ a if self.whitening.dim() == 2 else self.whitening[:, None] * a
+
+    def _pulled_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradients over such shifts (d, columns) to gradients over the coordinates."""
+        if self.whitening.dim() == 2:
+            return self.whitening.T @ gradient
+        return self.whitening[:, None] * gradient
+
     def moved(self, x: torch.Tensor) -> LowRank:
         d = len(self.location)
-        shift = self.whitening @ x[:d] if self.whitening.dim() == 2 else self.whitening * x[:d]
+        columns = self._shift(x[2 * d :].reshape(self.factor.shape))
         return replace(
             self,
-            location=self.location + shift,
+            location=self.location + self._shift(x[:d, None])[:, 0],
             scale=self.scale * x[d : 2 * d].exp(),
-            factor=self.factor + x[2 * d :].reshape(self.factor.shape),
+            factor=self.factor + columns / self.scale[:, None],
         )
 
     def draws(self, z: torch.Tensor) -> torch.Tensor:
@@ -232,19 +246,28 @@ class LowRank:
     def gradient(self, x: torch.Tensor, z: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         d = len(self.location)
         here = self.moved(x)
-        mean = g.mean(0)
-        shift = mean @ self.whitening if self.whitening.dim() == 2 else mean * self.whitening
         white = z[:, :d] + z[:, d:] @ here.factor.T
         scale = (g * white).mean(0) * here.scale + 1
         factor = (g * here.scale).T @ z[:, d:] / len(z)
         factor = factor + here.factor @ torch.linalg.inv(here._capacitance())
-        return torch.cat([shift, scale, factor.reshape(-1)])
+        factor = self._pulled_back(factor / self.scale[:, None])
+        shift = self._pulled_back(g.mean(0)[:, None])
+        return torch.cat([shift[:, 0], scale, factor.reshape(-1)])
 
     def sd(self) -> torch.Tensor:
         return self.scale * (1 + self.factor.pow(2).sum(-1)).sqrt()
 
     def rewhitened(self, z: torch.Tensor, g: torch.Tensor) -> LowRank:
-        return self
+        """Whitening from E_q of the Hessian = E_q[grad (u - m)^T] Sigma^-1 (Stein)."""
+        if self.whitening.dim() == 1 or len(z) < 4 * len(self.location):
+            return self
+        scaled = self.factor * self.scale[:, None]
+        covariance = self.scale.square().diag() + scaled @ scaled.T
+        hessian = torch.linalg.solve(covariance, (self.draws(z) - self.location).T @ g / len(z))
+        precision = -(hessian + hessian.T) / 2
+        if not torch.isfinite(precision).all():
+            return self
+        return replace(self, whitening=cholesky_of_inverse(precision))
 
 
 Family = FullRank | Diagonal | LowRank

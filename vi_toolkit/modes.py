@@ -21,7 +21,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 
 from vi_toolkit.joint import Joint, prototype, start_value
-from vi_toolkit.vectorise import BAD_POINT
+from vi_toolkit.vectorise import BAD_POINT, vmap
 
 DENSE = 300  # latents up to which a dense Hessian is cheaper than products with it
 
@@ -97,7 +97,7 @@ def find_modes(
     joint: Joint,
     starts: int = 16,
     seed: int = 0,
-    iterations: int = 200,
+    iterations: int = 75,
     report: Callable[[str], None] = lambda message: None,
 ) -> list[Mode]:
     """Distinct modes reached from many starts, the highest density first.
@@ -147,8 +147,8 @@ def hessians(joint: Joint, u: torch.Tensor) -> torch.Tensor:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch's own resize notices
-                one = torch.func.hessian(joint.log_density)
-                return torch.cat([torch.func.vmap(one)(part).detach() for part in u.split(chunk)])
+                every = vmap(torch.func.hessian(joint.log_density), joint.many.writes)
+                return torch.cat([every(part).detach() for part in u.split(chunk)])
         except torch.linalg.LinAlgError:
             pass  # one bad point fails the batch; differences treat the points one by one
         except (RuntimeError, NotImplementedError):
@@ -249,12 +249,11 @@ def _newton_krylov(
     # The scaling is that of the start, where curvature can be far from the mode's: so renew it.
     for _ in range(3):
         scale = diagonal.abs().clamp_min(1e-8).sqrt()
-        worst = 1e100
 
         def value_and_gradient(x: np.ndarray, u=u, scale=scale) -> tuple[float, np.ndarray]:
             gradient, value = joint.gradients((u + torch.as_tensor(x) / scale)[None])
             if not (torch.isfinite(value).all() and torch.isfinite(gradient).all()):
-                return worst, np.zeros_like(x)
+                return 1e100, np.zeros_like(x)
             return -float(value), (-gradient[0] / scale).numpy().astype(np.float64)
 
         def product(x: np.ndarray, v: np.ndarray, u=u, scale=scale) -> np.ndarray:

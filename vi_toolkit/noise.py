@@ -142,7 +142,9 @@ class _GammaQuantile(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, concentration, u):
-        move = lambda x, d: x.expand(info.batch_size, *x.shape) if d is None else x.movedim(d, 0)
+        def move(x: torch.Tensor, dim: int | None) -> torch.Tensor:
+            return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+
         batched = torch.broadcast_tensors(move(concentration, in_dims[0]), move(u, in_dims[1]))
         return _GammaQuantile.apply(*batched), 0
 

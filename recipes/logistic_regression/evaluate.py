@@ -74,7 +74,9 @@ def reliability(logits, y):
     """
     table = pd.DataFrame({"predicted": expit(logits), "observed": y.numpy()})
     table = table.groupby(np.digitize(table["predicted"], EDGES[1:-1])).agg(
-        patients=("observed", "size"), predicted=("predicted", "mean"), observed=("observed", "mean")
+        patients=("observed", "size"),
+        predicted=("predicted", "mean"),
+        observed=("observed", "mean"),
     )
     ones = table["patients"] * table["observed"]
     frequency = scipy.stats.beta(ones + 0.5, table["patients"] - ones + 0.5)

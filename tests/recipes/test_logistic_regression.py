@@ -132,7 +132,12 @@ def test_toolkit_quadrature_agrees(x):
 def test_elbo_is_largest_at_the_optimum_and_below_the_evidence(x):
     q = one_datum.gaussian_optimum(x)
     h = 1e-4
-    for mean, sd in ((q.mean + h, q.sd), (q.mean - h, q.sd), (q.mean, q.sd + h), (q.mean, q.sd - h)):
+    for mean, sd in (
+        (q.mean + h, q.sd),
+        (q.mean - h, q.sd),
+        (q.mean, q.sd + h),
+        (q.mean, q.sd - h),
+    ):
         assert one_datum.elbo(mean, sd, x) < q.elbo
     assert one_datum.laplace(x).elbo < q.elbo < one_datum.LOG_EVIDENCE
 
