@@ -39,7 +39,8 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch.distributions import biject_to, transforms
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.preflight import preflight, private_guide
+from vi_toolkit.guides import private_guide
+from vi_toolkit.preflight import preflight
 
 N = 12
 generator = torch.Generator().manual_seed(0)
@@ -257,6 +258,13 @@ def missing(y, seen):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("observations", len(y)), poutine.mask(mask=seen):
         pyro.sample("y", dist.LogNormal(mu, 1.0), obs=y)
+
+
+def masked(y, seen):
+    """The mask as a part of the distribution."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("observations", len(y)):
+        pyro.sample("y", dist.LogNormal(mu, 1.0).mask(seen), obs=y)
 
 
 def imputed(y, seen):
@@ -559,6 +567,7 @@ CORRECT: dict[str, tuple[Any, ...]] = {
     ),
     "horseshoe": (horseshoe, AutoNormal, {"X": X, "y": BINARY}),
     "missing data": (missing, AutoNormal, SEEN),
+    "masked data": (masked, AutoNormal, SEEN),
     "imputed data": (imputed, AutoNormal, SEEN),
     "improper prior": (improper, AutoMultivariateNormal, {"y": Y}),
     "improper prior, mean field": (improper, AutoNormal, {"y": Y}),
@@ -727,6 +736,12 @@ def observed(fn, latent=None):
         pyro.sample("y", fn(z, y), obs=y)
 
     return model
+
+
+def _forgets_to_index(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("observations", len(y), subsample_size=4):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
 def raises_later(y):
@@ -1160,6 +1175,13 @@ CASES: dict[str, Case] = {
         ("'z' inside plate 'observations'", f'with pyro.plate("observations", {N})'),
         "z",
     ),
+    "joint draw over a plate": Case(
+        local,
+        q(**FREE, z=normal(N).to_event(1)),
+        {"y": Y},
+        ("'z' inside plate 'observations'", "is_auxiliary", "dist.Delta"),
+        "z",
+    ),
     "plate misspelt in the guide": Case(
         local, _plate_guide("observation", N), {"y": Y}, ("it is inside 'observation'",), "z"
     ),
@@ -1189,6 +1211,13 @@ CASES: dict[str, Case] = {
         AutoNormal,
         {"y": Y},
         ("Observed site 'y'", f"({N},)", "plate 'observations' of size 10", "len(y)"),
+        "y",
+    ),
+    "minibatch and observation": Case(
+        _forgets_to_index,
+        AutoNormal,
+        {"y": Y},
+        ("'y'", f"({N},)", "plate 'observations' of size 4", "obs=y[i]"),
         "y",
     ),
     "observation broadcast": Case(
