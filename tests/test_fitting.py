@@ -500,7 +500,6 @@ def test_predictions_have_the_predictive_variance():
 
 def test_the_elbo_estimate_is_the_evidence_where_the_guide_holds_the_posterior():
     data = regression_data()
-    mean, covariance, _ = regression_posterior(**data)
     fit = vi.fit(regression, AutoMultivariateNormal, data, progress=False)
     X, y = data["X"].double(), data["y"].double()
     marginal = dist.MultivariateNormal(

@@ -738,6 +738,11 @@ def observed(fn, latent=None):
     return model
 
 
+def _empty_plate(y):
+    with pyro.plate("groups", len(y) - N):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
 def _forgets_to_index(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("observations", len(y), subsample_size=4):
@@ -1213,6 +1218,9 @@ CASES: dict[str, Case] = {
         ("Observed site 'y'", f"({N},)", "plate 'observations' of size 10", "len(y)"),
         "y",
     ),
+    "empty plate": Case(
+        _empty_plate, AutoNormal, {"y": Y}, ("Plate 'groups'", "size 0", "Size it"), "groups"
+    ),
     "minibatch and observation": Case(
         _forgets_to_index,
         AutoNormal,
@@ -1243,6 +1251,20 @@ CASES: dict[str, Case] = {
         q(z=dist.Uniform(1.0, 4.0)),
         {"y": Y},
         ("(1, 4)", "(1, 3)", "biject_to(constraints.interval(1, 3))"),
+        "z",
+    ),
+    "wider bounds of a vector": Case(
+        prior(dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1)),
+        q(z=dist.Uniform(torch.zeros(2), torch.tensor([1.0, 3.0])).to_event(1)),
+        {"y": Y},
+        ("'z'", "(0, 1...3)", "(0, 1...2)", "interval(0, bound)"),
+        "z",
+    ),
+    "guide of free entries for a matrix": Case(
+        prior(dist.Wishart(torch.tensor(3.0), covariance_matrix=torch.eye(2))),
+        q(z=normal(2, 2).to_event(2)),
+        {"y": Y},
+        ("'z'", "positive definite matrices", "Wishart, in the guide"),
         "z",
     ),
     "guide of free entries for a simplex": Case(

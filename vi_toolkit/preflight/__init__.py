@@ -124,7 +124,8 @@ def _check_runs(
             break
     alone = runs[-1]
     if alone.error is not None:
-        raise cause("model", runs[0], data, run_again) from runs[0].error
+        stopped = runs[0] if numerical(alone.error) else alone
+        raise cause("model", stopped, data, run_again) from stopped.error
 
     sites.check_latents(alone)
     shapes.check_broadcast(alone)

@@ -49,7 +49,7 @@ _PYRO_SAYS = {
         "Write the plate as a context, `with pyro.plate(...):`, or write the guide by hand.",
     ),
     r"size cannot be zero": (
-        "A plate of the {role} has size 0.",
+        "Plate '{empty}' of the {role} has size 0.",
         "Size it by data that are not empty.",
     ),
     r"does not support sampling": (
@@ -83,14 +83,19 @@ def cause(
     if retry and (found := _conversion(role, run, data, again)):
         return found
     known = model.sites if model else {}
-    improper = next((n for n, s in known.items() if family(s["fn"]) == "ImproperUniform"), None)
+    culprits = {
+        "improper": next(
+            (n for n, s in known.items() if family(s["fn"]) == "ImproperUniform"), None
+        ),
+        "empty": next(reversed(run.plates), None),
+    }
     for pattern, (message, remedy) in _PYRO_SAYS.items():
         if match := re.search(pattern, text):
-            slots = {"site": improper if "{improper}" in message else run.last, **match.groupdict()}
+            site = next((name for c, name in culprits.items() if f"{{{c}}}" in message), run.last)
+            slots = {"site": site, "role": role, "who": who, **culprits, **match.groupdict()}
             if slots["site"] in run.plates and "two sites" in message:
                 message = "The {role} makes the plate '{site}' twice."
                 remedy = 'Make it once, plate = pyro.plate("{site}", ...), and reuse `with plate:`.'
-            slots |= {"role": role, "who": who, "improper": improper}
             if run.last in run.sites:
                 slots |= _sizes(run.sites[run.last])
             return PreflightError(message.format(**slots), slots["site"], remedy.format(**slots))

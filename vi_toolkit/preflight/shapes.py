@@ -85,22 +85,19 @@ def check_subsample(model: Run, subsample: Mapping[str, int]) -> None:
 
 def check_plates(model: Run, guide: Run, automatic: bool) -> None:
     for name in guide.plates.keys() & model.plates.keys():
-        (size, batch), (guide_size, guide_batch) = model.plates[name], guide.plates[name]
-        if size != guide_size:
-            raise PreflightError(
-                f"Plate '{name}' has size {size} in the model and {guide_size} in the guide.",
-                name,
-                "The autoguide was set up on other data: build a new one."
-                if automatic
-                else f'Write pyro.plate("{name}", {size}) in the guide too.',
-            )
-        if None not in (batch, guide_batch) and batch != guide_batch:
-            raise PreflightError(
-                f"Plate '{name}' has subsample_size {batch} in the model and {guide_batch} in "
-                "the guide.",
-                name,
-                "Use the same in both.",
-            )
+        remedy = f'Write pyro.plate("{name}", {model.plates[name][0]}) in the guide too.'
+        sizes = zip(model.plates[name], guide.plates[name], strict=True)
+        for what, (ours, theirs) in zip(("size", "subsample_size"), sizes, strict=True):
+            if automatic:
+                remedy = "The autoguide was set up on other data: build a new one."
+            elif what == "subsample_size":
+                remedy = "Use the same in both."
+            if None not in (ours, theirs) and ours != theirs:
+                raise PreflightError(
+                    f"Plate '{name}' has {what} {ours} in the model and {theirs} in the guide.",
+                    name,
+                    remedy,
+                )
 
 
 def check_shape(name: str, model: Site, guide: Site, set_up: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from torch import Tensor
-from torch.distributions import TransformedDistribution, transforms
+from torch.distributions import TransformedDistribution, biject_to, transforms
 
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.preflight import words
@@ -103,12 +103,17 @@ class Box:
         return Box().inside(self)
 
     def __str__(self) -> str:
-        # A sigmoid stops at the smallest positive float.
-        ends = [(b.min().item() if b.abs().min() > 1e-30 else 0.0, b) for b in self.bounds()]
-        lower, upper = (f"{x:.4g}" + (", ..." if (b != b.min()).any() else "") for x, b in ends)
+        lower, upper = (_text(bound) for bound in self.bounds())
         if self.discrete:
             return f"integers from {lower}" + ("" if upper == "inf" else f" to {upper}")
         return f"({lower}, {upper})"
+
+
+def _text(bound: Tensor) -> str:
+    ends = [bound.min().item(), bound.max().item()]
+    # A sigmoid stops at the smallest positive float.
+    texts = [f"{end if abs(end) > 1e-30 else 0.0:.4g}" for end in ends]
+    return texts[0] if texts[0] == texts[1] else f"{texts[0]}...{texts[1]}"
 
 
 def _box(support: Any) -> Box | None:
@@ -188,18 +193,23 @@ def outside(fn: Any, value: Tensor, edge: bool = False) -> Tensor | None:
 
 def _replacement(fn: Any) -> str:
     """A distribution for a guide of a latent with this prior."""
-    box, constraint = reach(fn), _joint(fn)
     if describe(fn) in _USUAL:
         return _USUAL[describe(fn)]
-    if constraint is None:
-        if box is None or box.discrete or box.unbounded():
-            return f"the model's kind of distribution, {family(fn)},"
-        lower, upper = str(box)[1:-1].split(", ", 1)
+    box, constraint = reach(fn), _joint(fn)
+    if box and not (box.discrete or box.unbounded()):
+        ends = [_text(bound) for bound in box.bounds()]
+        lower, upper = ("bound" if "..." in end else end for end in ends)
         constraint = f"interval({lower}, {upper})"
-        if "inf" in (lower, upper):
+        if upper == "inf":
             constraint = f"greater_than({lower})"
-        elif "-inf" in (lower, upper):
+        elif lower == "-inf":
             constraint = f"less_than({upper})"
+    try:
+        biject_to(stated(fn))
+    except NotImplementedError:
+        constraint = None
+    if constraint is None:
+        return f"the model's kind of distribution, {family(fn)},"
     return (
         "dist.TransformedDistribution(dist.Normal(loc, scale), "
         f"torch.distributions.biject_to(constraints.{constraint}))"
