@@ -738,6 +738,11 @@ def observed(fn, latent=None):
     return model
 
 
+def _factor_of_other_shape(y):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    pyro.factor("likelihood", dist.Normal(mu, 1.0).log_prob(y).sum())
+
+
 def _empty_plate(y):
     with pyro.plate("groups", len(y) - N):
         pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -1459,6 +1464,13 @@ CASES: dict[str, Case] = {
         XY,
         ("model raised RuntimeError", "'coefficients'"),
         "coefficients",
+    ),
+    "shapes inside a density": Case(
+        _factor_of_other_shape,
+        AutoNormal,
+        {"y": Y},
+        ("model raised ValueError", "not broadcastable", "by itself"),
+        "mu",
     ),
     "error in the model": Case(
         raises_later, AutoNormal, {"y": Y}, ("model raised KeyError", "no such column"), "y"

@@ -49,11 +49,11 @@ _PYRO_SAYS = {
         "Write the plate as a context, `with pyro.plate(...):`, or write the guide by hand.",
     ),
     r"size cannot be zero": (
-        "Plate '{empty}' of the {role} has size 0.",
+        "Plate '{site}' of the {role} has size 0.",
         "Size it by data that are not empty.",
     ),
     r"does not support sampling": (
-        "The {who} draws from the improper prior of '{improper}'.",
+        "The {who} draws from the improper prior of '{site}'.",
         "Use AutoNormal or AutoMultivariateNormal, which do not, or a proper prior.",
     ),
 }
@@ -69,13 +69,8 @@ def cause(
 ) -> PreflightError:
     """The sentence for an exception that the model or guide raised.
 
-    Args:
-        role: "model" or "guide".
-        run: what raised.
-        data: what it was given.
-        again: runs it on other data.
-        autoguide: the guide's class, if it is one of Pyro's.
-        model: a run of the model that went through.
+    ``again`` runs it on other data; ``autoguide`` is the guide's class if that is one of Pyro's;
+    ``model`` is a run of the model that went through.
     """
     error, text, who = run.error, str(run.error), f"{role} {autoguide}".strip()
     # An autoguide runs the model, and the model has run on these data.
@@ -83,21 +78,22 @@ def cause(
     if retry and (found := _conversion(role, run, data, again)):
         return found
     known = model.sites if model else {}
-    culprits = {
-        "improper": next(
-            (n for n, s in known.items() if family(s["fn"]) == "ImproperUniform"), None
-        ),
-        "empty": next(reversed(run.plates), None),
-    }
+    improper = [n for n, s in known.items() if family(s["fn"]) == "ImproperUniform"]
+    slots: dict[str, Any] = {"role": role, "who": who, "site": run.last}
     for pattern, (message, remedy) in _PYRO_SAYS.items():
         if match := re.search(pattern, text):
-            site = next((name for c, name in culprits.items() if f"{{{c}}}" in message), run.last)
-            slots = {"site": site, "role": role, "who": who, **culprits, **match.groupdict()}
-            if slots["site"] in run.plates and "two sites" in message:
+            slots |= match.groupdict()
+            if "{kind}" in message:
+                if not run.scored:
+                    continue  # from a density that the model computes by itself
+                slots |= _sizes(run.sites[run.last])
+            if "improper prior" in message:
+                slots["site"] = improper[0] if improper else run.last
+            elif "has size 0" in message:
+                slots["site"] = next(reversed(run.plates), None)
+            elif "two sites" in message and slots["site"] in run.plates:
                 message = "The {role} makes the plate '{site}' twice."
                 remedy = 'Make it once, plate = pyro.plate("{site}", ...), and reuse `with plate:`.'
-            if run.last in run.sites:
-                slots |= _sizes(run.sites[run.last])
             return PreflightError(message.format(**slots), slots["site"], remedy.format(**slots))
     if match := re.search(r"cannot handle discrete sample site '(.+?)'", text):
         return missing_discrete(match[1], known.get(match[1]), automatic=True)

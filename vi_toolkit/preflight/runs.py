@@ -35,6 +35,7 @@ class Run:
     last: str | None = None  # the site where an error happened, or the last one before it
     problems: dict[str, str] = field(default_factory=dict)  # site -> why its density is not finite
     replayed: bool = False  # at the guide's draws, not the prior's
+    scored: bool = False  # whether it ran to its end, so that an error is from a site's density
 
     def __post_init__(self) -> None:
         samples = {n: s for n, s in self.trace.nodes.items() if s["type"] == "sample"}
@@ -89,7 +90,8 @@ def run_model(model: Callable[..., Any], data: Mapping[str, Any], guide: Run | N
     replay = [poutine.replay(trace=guide.trace)] if guide else []
     result = run(model, data, _ImproperDraws(data), *replay)
     result.replayed = guide is not None
-    for name, site in result.sites.items() if result.error is None else ():
+    result.scored = result.error is None
+    for name, site in result.sites.items() if result.scored else ():
         try:
             problem = _density_problem(site)
         except Exception as error:

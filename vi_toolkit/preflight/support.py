@@ -99,9 +99,6 @@ class Box:
         except RuntimeError:  # bounds that do not broadcast: shapes are another check's matter
             return True
 
-    def unbounded(self) -> bool:
-        return Box().inside(self)
-
     def __str__(self) -> str:
         lower, upper = (_text(bound) for bound in self.bounds())
         if self.discrete:
@@ -156,7 +153,7 @@ def reach(fn: Any) -> Box | None:
     except (IndexError, RuntimeError, TypeError, ValueError):  # mixes the entries of a vector
         pass
     # A permutation, say, keeps whatever bounds there were, and states the whole line.
-    return _box(stated(fn)) if box.unbounded() else None
+    return _box(stated(fn)) if Box().inside(box) else None
 
 
 def describe(fn: Any) -> str:
@@ -196,7 +193,7 @@ def _replacement(fn: Any) -> str:
     if describe(fn) in _USUAL:
         return _USUAL[describe(fn)]
     box, constraint = reach(fn), _joint(fn)
-    if box and not (box.discrete or box.unbounded()):
+    if box and not (box.discrete or Box().inside(box)):
         ends = [_text(bound) for bound in box.bounds()]
         lower, upper = ("bound" if "..." in end else end for end in ends)
         constraint = f"interval({lower}, {upper})"
