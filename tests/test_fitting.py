@@ -146,7 +146,7 @@ def test_minibatches_reach_the_posterior_with_either_way_of_writing_the_model():
             pyro.sample("y", dist.Normal(X[i] @ w, 1.0), obs=y[i])
 
     data = regression_data(n=203)  # ragged last batch: 203 = 4 * 50 + 3
-    mean, covariance, precision = regression_posterior(**data)
+    mean, _, precision = regression_posterior(**data)
     for model, cut in ((regression, ["X", "y"]), (indexed, None)):
         fit = quietly(model, AutoNormal(model), data, subsample={"observations": 50}, steps=6000)
         assert fit.method == "stochastic" and fit._stochastic.plan.cut == cut
@@ -226,7 +226,7 @@ def test_auto_says_why():
     assert vi.fit(regression, AutoNormal, data, progress=False).method == "deterministic"
     for given in ({"steps": 5}, {"optimizer": 0.1, "steps": 5}, {"subsample": {"observations": 9}}):
         fit = quietly(regression, AutoNormal, data, **({"steps": 5} | given))
-        assert fit.method == "stochastic" and list(given)[0] in fit.why
+        assert fit.method == "stochastic" and next(iter(given)) in fit.why
 
     def discrete_guide(y):
         pyro.sample("k", dist.Bernoulli(pyro.param("p", torch.tensor(0.5))))
@@ -268,23 +268,40 @@ def test_bad_arguments_are_named(bad):
         vi.fit(regression, AutoNormal, regression_data(), progress=False, **bad)
 
 
-def test_reparam_names_the_site_it_cannot_do():
+def test_reparam_names_the_site_it_cannot_do_before_step_one():
+    class Untouched(vi.Reparam):
+        def _get_trace(self, *args, **kwargs):
+            raise AssertionError("a step was taken")
+
     def guide(y):
         pyro.sample("k", dist.Bernoulli(pyro.param("p", torch.tensor(0.5))))
 
     def model(y):
         pyro.sample("y", dist.Normal(pyro.sample("k", dist.Bernoulli(0.3)), 1.0), obs=y)
 
-    with pytest.raises(vi.PreflightError, match="'k'"):
+    options = {"method": "stochastic", "steps": 3, "progress": False}
+    with pytest.raises(vi.PreflightError, match="Bernoulli at site 'k'") as caught:
+        vi.fit(model, guide, {"y": torch.tensor(1.0)}, estimator=Untouched(), **options)
+    assert caught.value.site == "k" and "Trace_ELBO" in caught.value.remedy
+    vi.fit(model, guide, {"y": torch.tensor(1.0)}, estimator=Trace_ELBO(), **options)
+
+
+def test_a_plate_that_cannot_be_subsampled_is_named():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1))
+        with pyro.plate("observations", 6):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    with pytest.raises(vi.PreflightError, match="cannot be subsampled") as caught:
         vi.fit(
             model,
-            guide,
-            {"y": torch.tensor(1.0)},
-            estimator=vi.Reparam(),
-            method="stochastic",
-            steps=3,
+            AutoNormal,
+            {"y": torch.zeros(6)},
+            subsample={"observations": 2},
             progress=False,
         )
+    assert caught.value.site == "observations" and "as i:" in caught.value.remedy
+    assert len(str(caught.value)) < 400
 
 
 # ------------------------------------------------------------------ nothing stale
@@ -483,7 +500,6 @@ def test_predictions_have_the_predictive_variance():
 
 def test_the_elbo_estimate_is_the_evidence_where_the_guide_holds_the_posterior():
     data = regression_data()
-    mean, covariance, _ = regression_posterior(**data)
     fit = vi.fit(regression, AutoMultivariateNormal, data, progress=False)
     X, y = data["X"].double(), data["y"].double()
     marginal = dist.MultivariateNormal(

@@ -39,7 +39,8 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch.distributions import biject_to, transforms
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.preflight import preflight, private_guide
+from vi_toolkit.guides import private_guide
+from vi_toolkit.preflight import preflight
 
 N = 12
 generator = torch.Generator().manual_seed(0)
@@ -257,6 +258,13 @@ def missing(y, seen):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("observations", len(y)), poutine.mask(mask=seen):
         pyro.sample("y", dist.LogNormal(mu, 1.0), obs=y)
+
+
+def masked(y, seen):
+    """The mask as a part of the distribution."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("observations", len(y)):
+        pyro.sample("y", dist.LogNormal(mu, 1.0).mask(seen), obs=y)
 
 
 def imputed(y, seen):
@@ -559,6 +567,7 @@ CORRECT: dict[str, tuple[Any, ...]] = {
     ),
     "horseshoe": (horseshoe, AutoNormal, {"X": X, "y": BINARY}),
     "missing data": (missing, AutoNormal, SEEN),
+    "masked data": (masked, AutoNormal, SEEN),
     "imputed data": (imputed, AutoNormal, SEEN),
     "improper prior": (improper, AutoMultivariateNormal, {"y": Y}),
     "improper prior, mean field": (improper, AutoNormal, {"y": Y}),
@@ -727,6 +736,22 @@ def observed(fn, latent=None):
         pyro.sample("y", fn(z, y), obs=y)
 
     return model
+
+
+def _factor_of_other_shape(y):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(5), 1.0).to_event(1))
+    pyro.factor("likelihood", dist.Normal(mu, 1.0).log_prob(y).sum())
+
+
+def _empty_plate(y):
+    with pyro.plate("groups", len(y) - N):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def _forgets_to_index(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("observations", len(y), subsample_size=4):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
 def raises_later(y):
@@ -1160,6 +1185,13 @@ CASES: dict[str, Case] = {
         ("'z' inside plate 'observations'", f'with pyro.plate("observations", {N})'),
         "z",
     ),
+    "joint draw over a plate": Case(
+        local,
+        q(**FREE, z=normal(N).to_event(1)),
+        {"y": Y},
+        ("'z' inside plate 'observations'", "is_auxiliary", "dist.Delta"),
+        "z",
+    ),
     "plate misspelt in the guide": Case(
         local, _plate_guide("observation", N), {"y": Y}, ("it is inside 'observation'",), "z"
     ),
@@ -1191,6 +1223,16 @@ CASES: dict[str, Case] = {
         ("Observed site 'y'", f"({N},)", "plate 'observations' of size 10", "len(y)"),
         "y",
     ),
+    "empty plate": Case(
+        _empty_plate, AutoNormal, {"y": Y}, ("Plate 'groups'", "size 0", "Size it"), "groups"
+    ),
+    "minibatch and observation": Case(
+        _forgets_to_index,
+        AutoNormal,
+        {"y": Y},
+        ("'y'", f"({N},)", "plate 'observations' of size 4", "obs=y[i]"),
+        "y",
+    ),
     "observation broadcast": Case(
         _column, AutoNormal, XY, ("'y'", f"counted {N} times", "squeeze"), "y"
     ),
@@ -1214,6 +1256,20 @@ CASES: dict[str, Case] = {
         q(z=dist.Uniform(1.0, 4.0)),
         {"y": Y},
         ("(1, 4)", "(1, 3)", "biject_to(constraints.interval(1, 3))"),
+        "z",
+    ),
+    "wider bounds of a vector": Case(
+        prior(dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1)),
+        q(z=dist.Uniform(torch.zeros(2), torch.tensor([1.0, 3.0])).to_event(1)),
+        {"y": Y},
+        ("'z'", "(0, 1...3)", "(0, 1...2)", "interval(0, bound)"),
+        "z",
+    ),
+    "guide of free entries for a matrix": Case(
+        prior(dist.Wishart(torch.tensor(3.0), covariance_matrix=torch.eye(2))),
+        q(z=normal(2, 2).to_event(2)),
+        {"y": Y},
+        ("'z'", "positive definite matrices", "Wishart, in the guide"),
         "z",
     ),
     "guide of free entries for a simplex": Case(
@@ -1408,6 +1464,13 @@ CASES: dict[str, Case] = {
         XY,
         ("model raised RuntimeError", "'coefficients'"),
         "coefficients",
+    ),
+    "shapes inside a density": Case(
+        _factor_of_other_shape,
+        AutoNormal,
+        {"y": Y},
+        ("model raised ValueError", "not broadcastable", "by itself"),
+        "mu",
     ),
     "error in the model": Case(
         raises_later, AutoNormal, {"y": Y}, ("model raised KeyError", "no such column"), "y"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import math
 import platform
 import time
@@ -22,15 +20,20 @@ from pyro.infer.autoguide import (
     AutoGuide,
     AutoLaplaceApproximation,
 )
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.params.param_store import ParamStoreDict
 from tqdm.auto import tqdm
 
 from vi_toolkit import deterministic as det
-from vi_toolkit.errors import ConvergenceWarning, NonFiniteError, NotDeterministicError
+from vi_toolkit.errors import (
+    ConvergenceWarning,
+    NonFiniteError,
+    NotDeterministicError,
+    PreflightError,
+)
 from vi_toolkit.estimators.reparam import Reparam, reparameterised
 from vi_toolkit.families import FAMILY_OF, set_parameter, write_to_guide
-from vi_toolkit.joint import Joint, indices, latent_sites, observed_sites, prototype, start_value
+from vi_toolkit.guides import private_guide
+from vi_toolkit.joint import Joint, indices, latent_sites, observed_sites, prototype
 from vi_toolkit.modes import find_modes
 from vi_toolkit.noise import FunctionalNoise, UnsupportedNoise
 from vi_toolkit.preflight import preflight
@@ -131,9 +134,10 @@ def fit(
     with borrowed_globals(rng_state=seeded_state(seed), dtype=dtype):
         preflight(
             model,
-            _private(model, guide),
+            guide,
             data,
             subsample=subsample,
+            reparameterised=isinstance(estimator, Reparam),
             enumerate=estimator is not None and "Enum" in type(estimator).__name__,
         )
 
@@ -241,7 +245,7 @@ class Fit:
         """A fresh store and guide at the given precision, with every parameter registered."""
         self._dtype = dtype
         self._data = _cast(self.data, dtype)
-        self.guide = _private(self.model, self._given_guide)
+        self.guide = private_guide(self.model, self._given_guide)
         if isinstance(self.guide, torch.nn.Module):
             self.guide.to(dtype)
         self._store = ParamStoreDict()
@@ -297,7 +301,8 @@ class Fit:
                     if not torch.is_tensor(finite[1]):
                         raise RuntimeError
             except (RuntimeError, ValueError, TypeError):
-                # (NotImplementedError is a RuntimeError.) A tensor of the model's own is single precision and will not mix with double.
+                # (NotImplementedError is a RuntimeError.) A tensor of the model's own is single
+                # precision and will not mix with double.
                 self._joint = None
                 self._set_up(native)
         with self._room(seeded_state(self.seed)):
@@ -557,12 +562,13 @@ class Fit:
                     self._check_subsample(plan, model_trace, handler)
                 return plan
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-                failures.append(f"{type(error).__name__}: {error}".split("\n")[0])
-        raise ValueError(
-            f"The plate {name!r} cannot be subsampled. Given indices, the model raised "
-            f"{failures[0]!r}; given data cut to the minibatch, {failures[1]!r}. Write "
-            f"`with pyro.plate({name!r}, N) as i:` and use i to index data and local parameters "
-            "in model and guide."
+                failures.append(f"{type(error).__name__}: {error}".split("\n")[0].rstrip("."))
+        raise PreflightError(
+            f"The plate {name!r} cannot be subsampled. Given indices: {failures[0]}. Given data "
+            f"cut to the minibatch: {failures[1]}.",
+            site=name,
+            remedy=f"Write `with pyro.plate({name!r}, N) as i:` and use i to index data and local "
+            "parameters in model and guide.",
         )
 
     def _check_subsample(self, plan: PlatePlan, trace: Any, handler: SubsamplePlates) -> None:
@@ -877,52 +883,6 @@ class Fit:
 
 
 # -------------------------------------------------------------------- helpers
-
-
-def _private(model: Model, guide: Model | type[AutoGuide]) -> Any:
-    """A copy of the guide for one fit; guides that are plain functions keep no state to copy."""
-    if isinstance(guide, type) and issubclass(guide, AutoGuide):
-        return _starts_anywhere(guide(model))
-    if not isinstance(guide, torch.nn.Module):
-        return guide
-    # Pyro's AutoGuides forget their model when copied (and so does the original), so it is taken
-    # out before and put into both after.
-    autos = [m for m in guide.modules() if isinstance(m, AutoGuide)]
-    models = [(m._model, m.master) for m in autos]
-    try:
-        mine = copy.deepcopy(guide)
-    finally:
-        for auto, (its_model, master) in zip(autos, models, strict=True):
-            auto._model, auto.master = its_model, master
-    copies = [m for m in mine.modules() if isinstance(m, AutoGuide)]
-    for auto, (its_model, _) in zip(copies, models, strict=True):
-        auto._model = its_model
-    return _starts_anywhere(mine)
-
-
-def _starts_anywhere(guide: torch.nn.Module) -> torch.nn.Module:
-    """Let Pyro's autoguides start at latents that cannot be sampled (improper priors).
-
-    Their initialisers draw from the prior first; where that is impossible, the middle of the
-    unconstrained space has to do.
-    """
-    for auto in guide.modules():
-        wrapped = getattr(auto, "_model", (None,))[0]
-        inner = getattr(wrapped, "func", None)  # Pyro's partial(wrap, messenger, model)
-        if isinstance(inner, functools.partial) and isinstance(inner.args[0], InitMessenger):
-            messenger, model = inner.args[:2]
-            auto._model = (InitMessenger(_tolerant(messenger.init_fn))(model),)
-    return guide
-
-
-def _tolerant(init: Callable[[dict[str, Any]], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def value(site: dict[str, Any]) -> torch.Tensor:
-        try:
-            return init(site)
-        except NotImplementedError:
-            return start_value(site)
-
-    return value
 
 
 def _family_name(guide: Any) -> str | None:

@@ -1,0 +1,134 @@
+"""Checks of the data alone, and of the arguments they are passed as."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from vi_toolkit.errors import PreflightError
+from vi_toolkit.guides import unwrap
+from vi_toolkit.preflight import words
+
+
+def numbers(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Tensor]]:
+    """Everything numeric: its key, the expression that reaches it, itself, itself as a tensor."""
+
+    def walk(key: str, label: str, value: Any) -> Iterator[tuple[str, str, Any, Tensor]]:
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided:
+                yield key, label, value, value
+        elif isinstance(value, np.ndarray) or hasattr(value, "to_numpy"):
+            array = np.asarray(value)
+            if array.dtype.kind in "fiub":
+                yield key, label, value, torch.from_numpy(np.array(array, dtype=float))
+        elif isinstance(value, Mapping | list | tuple):
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for name, part in parts:
+                if not isinstance(part, int | float | str):
+                    yield from walk(key, f"{label}[{name!r}]", part)
+
+    for key, value in data.items():
+        yield from walk(key, words.entry(key), value)
+
+
+def tensors(data: Mapping[str, Any]) -> list[tuple[str, str, Tensor]]:
+    """The tensors among them, as (key, expression, tensor)."""
+    return [
+        (key, label, value) for key, label, value, _ in numbers(data) if isinstance(value, Tensor)
+    ]
+
+
+def check_data(data: Any) -> None:
+    if not isinstance(data, Mapping):
+        raise PreflightError(
+            f"data is {words.a(data)}, but model and guide are called as model(**data).",
+            remedy='Pass a dict of arguments, e.g. {"X": X, "y": y}.',
+        )
+    for key in data:
+        if not isinstance(key, str):
+            raise PreflightError(
+                f"data has the key {key!r}, which is {words.a(key)}.",
+                str(key),
+                "Its keys are names of the model's arguments: make them strings.",
+            )
+    for key, label, _, value in numbers(data):
+        if value.numel() == 0:
+            raise PreflightError(
+                f"{label} is empty (shape {tuple(value.shape)}).",
+                key,
+                "Look at the filter or split that made it, or leave it out.",
+            )
+    # A scalar on the CPU mixes with any device, and a scalar of any float dtype with any other.
+    sized = [entry for entry in tensors(data) if entry[2].dim()]
+    floats = [entry for entry in sized if entry[2].is_floating_point()]
+    for attribute, group in (("device", sized), ("dtype", floats)):
+        for key, label, value in group[1:]:
+            one, other = getattr(group[0][2], attribute), getattr(value, attribute)
+            if one != other:
+                on, to = ("on ", f'"{one}"') if attribute == "device" else ("", str(one))
+                raise PreflightError(
+                    f"{group[0][1]} is {on}{words.plain(one)} but {label} is "
+                    f"{on}{words.plain(other)}.",
+                    key,
+                    f"Use one {attribute}, e.g. {label}.to({to}).",
+                )
+    for key, label, _, value in numbers(data):
+        bad = ~torch.isfinite(value)
+        if value.is_floating_point() and not value.is_meta and bad.any():
+            count = int(bad.sum())
+            values = f"{count} values that are not finite, the first" if count > 1 else "the value"
+            raise PreflightError(
+                f"{label} has {values} {words.item(value, bad)}.",
+                key,
+                "Drop or impute what is missing, or fill it with any valid number and leave "
+                "it out of the density with poutine.mask.",
+            )
+
+
+def signature(fn: Callable[..., Any]) -> inspect.Signature | None:
+    """The arguments of a model or guide; None if it takes whatever comes."""
+    fn = unwrap(fn)
+    if isinstance(fn, Messenger):  # a guide made of effects passes everything to its model
+        return None
+    try:
+        return inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
+    except (TypeError, ValueError):
+        return None
+
+
+def check_arguments(role: str, fn: Callable[..., Any], data: Mapping[str, Any]) -> None:
+    known = signature(fn)
+    if known is None:
+        return
+    parameters = known.parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = [p.name for p in named]
+    unknown = [key for key in data if key not in names]
+    for p in named:
+        if p.default is p.empty and p.name not in data:
+            twin = words.nearest(p.name, unknown)
+            keys = f"its keys: {', '.join(data)}" if data else "it is empty"
+            add = f"Add {words.entry(p.name)}."
+            raise PreflightError(
+                f"The {role} needs the argument '{p.name}', which data does not have ({keys}).",
+                p.name,
+                f'Rename {words.entry(twin)} to "{p.name}".' if twin else add,
+            )
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        key = unknown[0]
+        remedy = f"Remove {words.entry(key)} or add the argument."
+        if role == "guide":
+            remedy = f"Give the guide the model's arguments: def guide({', '.join(data)})."
+        elif twin := words.nearest(key, [n for n in names if n not in data]):
+            remedy = f'Rename {words.entry(key)} to "{twin}".'
+        raise PreflightError(
+            f"The {role} has no argument '{key}' (it takes {', '.join(names) or 'none'}).",
+            key,
+            remedy,
+        )
