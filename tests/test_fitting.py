@@ -579,3 +579,28 @@ def test_a_density_without_a_bound_does_not_catch_the_fit():
     )
     assert full.elbo_estimate()[0] - 2 < diagonal.elbo_estimate()[0] < full.elbo_estimate()[0]
     assert float(diagonal.sample(100)["a"].max()) < 1e3
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_a_model_that_raises_at_its_prior_medians(guide):
+    """A conditional autoregression, whose precision is positive definite for |rho| < 1 only."""
+    neighbours = torch.diag(torch.ones(5), 1)
+    neighbours = neighbours + neighbours.T
+    weights = neighbours / neighbours.sum(0).sqrt().outer(neighbours.sum(0).sqrt())
+
+    def model(y):
+        rho = pyro.sample("rho", dist.Normal(1.5, 1.0))
+        field = dist.MultivariateNormal(
+            torch.zeros(6), precision_matrix=torch.eye(6) - rho * weights
+        )
+        with pyro.plate("years", len(y)):
+            pyro.sample("y", field, obs=y)
+
+    covariance = torch.linalg.inv(torch.eye(6) - 0.3 * weights)
+    y = dist.MultivariateNormal(torch.zeros(6), covariance).sample((100,))
+    with pytest.raises(ValueError):
+        pyro.condition(model, data={"rho": torch.tensor(1.5)})(y)
+    fit = vi.fit(model, guide, {"y": y}, progress=False)
+    rho = fit.sample(4000)["rho"]
+    assert fit.converged
+    assert abs(float(rho.mean()) - 0.3) < Z * float(rho.std())

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import pyro
@@ -44,20 +44,30 @@ POLISHED_STARTS = 3
 class Problem(Protocol):
     """Something whose ELBO over fixed draws can be maximised from x = 0."""
 
-    size: int
-    noise_dim: int
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def noise_dim(self) -> int: ...
+
+    @property
+    def reach(self) -> torch.Tensor | None:
+        """How far (size,) each coordinate may go before the origin is moved; None: anywhere."""
 
     def value_and_gradient(self, x: torch.Tensor, z: torch.Tensor) -> tuple[float, torch.Tensor]:
         """ELBO over the draws z (M, noise_dim) at coordinates x, and its gradient (size,)."""
 
-    def moved(self, x: torch.Tensor) -> Problem:
+    def moved(self, x: torch.Tensor) -> Self:
         """The same problem with x as its origin."""
 
-    def rewhitened(self, z: torch.Tensor) -> Problem:
+    def rewhitened(self, z: torch.Tensor) -> Self:
         """The same problem in coordinates that fit the curvature at its origin."""
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and sd of every unconstrained latent scalar under the guide, (d,) each."""
+
+
+P = TypeVar("P", bound=Problem)
 
 
 @dataclass
@@ -74,6 +84,10 @@ class FamilyProblem:
     @property
     def noise_dim(self) -> int:
         return self.q.noise_dim
+
+    @property
+    def reach(self) -> torch.Tensor:
+        return self.q.reach()
 
     def value_and_gradient(self, x: torch.Tensor, z: torch.Tensor) -> tuple[float, torch.Tensor]:
         here = self.q.moved(x)
@@ -97,6 +111,8 @@ class GuideProblem:
     The parameters live in Pyro's parameter store (and in modules), where the guide reads them;
     evaluating at x writes them there. Coordinates: parameters = origin + basis @ x.
     """
+
+    reach: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -286,25 +302,43 @@ def normals(problem: Problem, draws: int, seed: int, offset: int, dtype: torch.d
 
 
 def maximise(
-    problem: Problem,
+    problem: P,
     z: torch.Tensor,
     iterations: int,
     history: list[float] | None = None,
     each: Callable[[float], None] = lambda elbo: None,
-) -> tuple[torch.Tensor, float, float]:
-    """L-BFGS on the fixed-draw ELBO from x = 0.
+) -> tuple[P, float, float]:
+    """L-BFGS on the fixed-draw ELBO.
 
     A point where the ELBO is not finite, or where the model raises, is a rejected point of the
-    line search.
+    line search. The coordinates stay within the problem's reach, and are renewed where they end
+    on its border: a quasi-Newton method may otherwise jump, in one step, to where a log density
+    is nothing but rounding error.
 
     Returns:
-        The best coordinates found, the ELBO there and the largest entry of its gradient.
+        The problem moved to the best point found, the ELBO there and the largest entry of its
+        gradient.
     """
-    best_x, best_value, best_gradient = (
-        torch.zeros(problem.size, dtype=z.dtype),
-        -math.inf,
-        math.inf,
-    )
+    value, gradient, left = -math.inf, math.inf, iterations
+    while left > 0:
+        x, value, gradient, used = _maximise_within_reach(problem, z, left, history, each)
+        reach = problem.reach
+        problem = problem.moved(x)
+        left -= max(used, 1)
+        if reach is None or not bool((x.abs() > 0.999 * reach).any()):
+            break
+    return problem, value, gradient
+
+
+def _maximise_within_reach(
+    problem: Problem,
+    z: torch.Tensor,
+    iterations: int,
+    history: list[float] | None,
+    each: Callable[[float], None],
+) -> tuple[torch.Tensor, float, float, int]:
+    best_x = torch.zeros(problem.size, dtype=z.dtype)
+    best_value, best_gradient = -math.inf, math.inf
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best_x, best_value, best_gradient
@@ -325,11 +359,13 @@ def maximise(
             history.append(best_value)
         each(best_value)
 
-    scipy.optimize.minimize(
+    reach = problem.reach
+    result = scipy.optimize.minimize(
         objective,
         np.zeros(problem.size),
         jac=True,
         method="L-BFGS-B",
+        bounds=None if reach is None else np.stack([-reach.numpy(), reach.numpy()], 1),
         callback=after_iteration,
         options={
             "maxiter": iterations,
@@ -339,7 +375,7 @@ def maximise(
             "gtol": 1e-5,
         },
     )
-    return best_x, best_value, best_gradient
+    return best_x, best_value, best_gradient, int(result.nit)
 
 
 def solve(
@@ -351,8 +387,7 @@ def solve(
     """Maximise to convergence, renewing the whitening where it no longer fits."""
     value, gradient = -math.inf, math.inf
     for _ in range(5):
-        x, value, gradient = maximise(problem, z, 300, history, each)
-        problem = problem.moved(x)
+        problem, value, gradient = maximise(problem, z, 300, history, each)
         if gradient <= GRADIENT_TOLERANCE or not math.isfinite(value):
             break
         problem = problem.rewhitened(z)
@@ -402,10 +437,10 @@ def polished(
     best, best_value = problems[0], -math.inf
     for number, problem in enumerate(problems):
         report(f"start {number + 1} of {len(problems)}")
-        x, value, _ = maximise(problem, z, iterations)
+        end, value, _ = maximise(problem, z, iterations)
         # Equal optima differ by rounding; the first, from the better start, is then kept.
         if value > best_value + 1e-6 * abs(value):
-            best, best_value = problem.moved(x), value
+            best, best_value = end, value
     return best
 
 
@@ -437,12 +472,11 @@ def warm_started(problem: GuideProblem, modes: list[Mode], seed: int) -> GuidePr
         unflat(problem.origin, problem.leaves)
         stand_in = problem._replace(target=target).rewhitened(z)
         for _ in range(2):
-            x, _, _ = maximise(stand_in, z, 100)
-            stand_in = stand_in.moved(x).rewhitened(z)
+            stand_in = maximise(stand_in, z, 100)[0].rewhitened(z)
         candidate = stand_in._replace(target=None)
-        x, value, _ = maximise(candidate, z, 50)
+        candidate, value, _ = maximise(candidate, z, 50)
         if value > best_value:
-            best, best_value = candidate.moved(x), value
+            best, best_value = candidate, value
     unflat(best.origin, best.leaves)
     return best
 

@@ -42,6 +42,16 @@ def cholesky_of_inverse(precision: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky((covariance + covariance.T) / 2) / scale[:, None]
 
 
+# How far one solution may go before its coordinates are renewed: shifts in sds, logs of scales,
+# and entries of a factor relative to its diagonal.
+SHIFT, LOG_SCALE, FACTOR = 100.0, 2.0, 3.0
+
+
+def reach_of(shifts: int, scales: int, factors: int = 0) -> torch.Tensor:
+    parts = ((shifts, SHIFT), (scales, LOG_SCALE), (factors, FACTOR))
+    return torch.cat([torch.full((n,), limit, dtype=torch.float64) for n, limit in parts])
+
+
 def half_log_two_pi_e(d: int) -> float:
     return 0.5 * d * (1 + math.log(2 * math.pi))
 
@@ -72,6 +82,10 @@ class FullRank:
     def size(self) -> int:
         d = len(self.location)
         return 2 * d + d * (d - 1) // 2
+
+    def reach(self) -> torch.Tensor:
+        d = len(self.location)
+        return reach_of(d, d, self.size - 2 * d)
 
     def _factor(self, x: torch.Tensor) -> torch.Tensor:
         d = len(self.location)
@@ -140,6 +154,9 @@ class Diagonal:
     @property
     def size(self) -> int:
         return 2 * len(self.location)
+
+    def reach(self) -> torch.Tensor:
+        return reach_of(len(self.location), len(self.location))
 
     def _shift(self, a: torch.Tensor) -> torch.Tensor:
         return self.whitening @ a if self.whitening.dim() == 2 else self.whitening * a
@@ -210,6 +227,9 @@ class LowRank:
     @property
     def size(self) -> int:
         return 2 * len(self.location) + self.factor.numel()
+
+    def reach(self) -> torch.Tensor:
+        return reach_of(len(self.location), len(self.location), self.factor.numel())
 
     def _shift(self, a: torch.Tensor) -> torch.Tensor:
         """Coordinates (d, columns) to shifts of the latents (d, columns)."""

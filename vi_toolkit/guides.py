@@ -12,16 +12,16 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 
-from vi_toolkit.joint import start_value
+from vi_toolkit.joint import start_value, values_it_runs_at
 
 
 def private_guide(model: Callable[..., Any], guide: Any) -> Any:
     """A copy of the guide that leaves the caller's as it is.
 
     Functions keep no state and are returned as they are; an autoguide class is built on the model.
-    Two shortcomings of Pyro's autoguides are mended: copying makes the copy and the original
-    forget their model, and their first values are drawn from the prior, which an improper prior
-    does not allow.
+    Three shortcomings of Pyro's autoguides are mended: copying makes the copy and the original
+    forget their model; their first values are drawn from the prior, which an improper prior does
+    not allow; and where the model raises at these values, they do not try others.
 
     Args:
         model: what an autoguide class is built on.
@@ -53,7 +53,7 @@ def private_guide(model: Callable[..., Any], guide: Any) -> Any:
     for auto, ((its_own,), _) in zip(copies, kept, strict=True):
         handler, inner = outer_handler(its_own)
         if isinstance(handler, InitMessenger):
-            its_own = InitMessenger(functools.partial(_first_value, handler.init_fn))(inner)
+            its_own = _Started(inner, functools.partial(_first_value, handler.init_fn))
         auto._model = (its_own,)
     return twin
 
@@ -63,6 +63,23 @@ def _first_value(init: Callable[[dict[str, Any]], torch.Tensor], site: dict[str,
         return init(site)
     except NotImplementedError:
         return start_value(site)
+
+
+class _Started:
+    """The model run at first values at which it does not raise."""
+
+    def __init__(self, model: Callable[..., Any], init: Callable[[dict[str, Any]], torch.Tensor]):
+        self.model, self.init = model, init
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        values = values_it_runs_at(functools.partial(self.model, *args), kwargs, self.init)
+
+        def value(site: dict[str, Any]) -> torch.Tensor:
+            # A site that a handler inside replaces by others is asked for, but not in the trace.
+            return values[site["name"]] if site["name"] in values else self.init(site)
+
+        with InitMessenger(value):
+            return self.model(*args, **kwargs)
 
 
 def outer_handler(fn: Any) -> tuple[Messenger | None, Any]:

@@ -14,7 +14,7 @@ from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.messenger import Messenger
 from torch.distributions import biject_to, constraints
 
-from vi_toolkit.vectorise import Batched
+from vi_toolkit.vectorise import BAD_POINT, Batched
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,43 @@ def prototype(
         return poutine.trace(model).get_trace(**data)
 
 
+ATTEMPTS = 100  # at finding latents at which a model runs
+
+
+def values_it_runs_at(
+    model: Callable[..., Any],
+    data: Mapping[str, Any],
+    start: Callable[[dict[str, Any]], torch.Tensor] = start_value,
+) -> dict[str, torch.Tensor]:
+    """Latents at which the model does not raise: from ``start`` if it can be, else prior draws.
+
+    A model may well raise at its prior medians: at a covariance that is not positive definite, or
+    in a solver that does not converge there.
+
+    Raises:
+        what the model raised first, if it raises at ``ATTEMPTS`` prior draws too.
+    """
+
+    def prior_draw(site: dict[str, Any]) -> torch.Tensor:
+        try:
+            return site["fn"].sample().detach()
+        except NotImplementedError:
+            return start_value(site)
+
+    first: Exception | None = None
+    for attempt in range(1 + ATTEMPTS):
+        try:
+            # Hidden from the handlers around, which must see one run only.
+            with poutine.block():
+                trace = prototype(model, data, prior_draw if attempt else start)
+        except BAD_POINT as error:
+            first = first or error
+        else:
+            return {name: site["value"] for name, site in latent_sites(trace).items()}
+    assert first is not None
+    raise first
+
+
 class _Evaluate(Messenger):
     """Give latents their values and add up log p(x, z), without the cost of keeping a trace."""
 
@@ -148,7 +185,12 @@ class Joint:
     def __init__(self, model: Callable[..., Any], data: Mapping[str, Any]):
         self.model = model
         self.data = dict(data)
-        trace = prototype(model, data)
+        values = values_it_runs_at(model, data)
+
+        def start(site: dict[str, Any]) -> torch.Tensor:
+            return values[site["name"]] if site["name"] in values else start_value(site)
+
+        trace = prototype(model, data, start)
         self.sites: dict[str, Site] = {}
         position = 0
         for name, site in latent_sites(trace).items():
