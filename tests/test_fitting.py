@@ -598,7 +598,7 @@ def test_a_model_that_raises_at_its_prior_medians(guide):
 
     covariance = torch.linalg.inv(torch.eye(6) - 0.3 * weights)
     y = dist.MultivariateNormal(torch.zeros(6), covariance).sample((100,))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="PositiveDefinite"):
         pyro.condition(model, data={"rho": torch.tensor(1.5)})(y)
     fit = vi.fit(model, guide, {"y": y}, progress=False)
     rho = fit.sample(4000)["rho"]

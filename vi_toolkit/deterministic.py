@@ -550,5 +550,5 @@ def family_starter(guide_class: type, rank: int | None) -> tuple[Callable, Calla
     family = FAMILY_OF[guide_class]
     if family is LowRank:
         return (lambda m, p: LowRank.around(m, p, rank or 1)), None
-    assert family is not LowRank
-    return family.around, lambda m: family.isotropic(m, 0.1)  # type: ignore[union-attr]
+    gaussian: Any = family
+    return gaussian.around, lambda m: gaussian.isotropic(m, 0.1)

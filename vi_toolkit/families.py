@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro.infer.autoguide import (
@@ -292,7 +293,7 @@ class LowRank:
 
 Family = FullRank | Diagonal | LowRank
 
-FAMILY_OF = {
+FAMILY_OF: dict[Any, type[FullRank] | type[Diagonal] | type[LowRank]] = {
     AutoMultivariateNormal: FullRank,
     AutoDiagonalNormal: Diagonal,
     AutoNormal: Diagonal,
@@ -300,7 +301,7 @@ FAMILY_OF = {
 }
 
 
-def set_parameter(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+def set_parameter(module: Any, name: str, value: torch.Tensor) -> None:
     """Set a parameter of a Pyro module in place, through its constraint if it has one."""
     *path, last = name.split(".")
     for step in path:

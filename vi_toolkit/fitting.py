@@ -234,6 +234,7 @@ class Fit:
         self._values: dict[str, torch.Tensor] = {}
         self._own: set[int] = set()
         self._stochastic: Stochastic | None = None
+        self._iterate = torch.empty(0)  # of the stochastic method, where its last step ended
         self._progress: det.Progress | None = None
         self._joint: Joint | None = None
         self._cannot_extend = ""
@@ -342,7 +343,8 @@ class Fit:
         for name, site in self._guide_trace.nodes.items():
             if not reparameterised(site):
                 return f"the guide's site {name!r} cannot be reparameterised"
-        for trace in (self._guide_trace, self._model_trace):
+        traces: tuple[Any, ...] = (self._guide_trace, self._model_trace)
+        for trace in traces:
             for name, site in trace.nodes.items():
                 if site["type"] != "sample":
                     continue
@@ -533,6 +535,14 @@ class Fit:
             if site["type"] == "sample"
             for frame in site["cond_indep_stack"]
         }
+        if name not in sizes:
+            raise PreflightError(
+                f"The model has no sample site in a plate {name!r}.",
+                site=name,
+                remedy="subsample= takes one of "
+                + (", ".join(map(repr, sizes)) or "no plate")
+                + ".",
+            )
         size = sizes[name]
         if isinstance(self.guide, AutoGuide) and name in getattr(
             self.guide, "_prototype_frames", {}
@@ -765,7 +775,7 @@ class Fit:
         def one(draw: Draws) -> Draws:
             conditioned = poutine.condition(poutine.uncondition(self.model), data=draw)
             with FunctionalNoise():
-                trace = poutine.trace(conditioned).get_trace(**inputs)
+                trace: Any = poutine.trace(conditioned).get_trace(**inputs)
             return {
                 name: site["value"]
                 for name, site in trace.nodes.items()
@@ -790,7 +800,8 @@ class Fit:
         names = list(observed_sites(self._model_trace))
 
         def one(draw: Draws) -> Draws:
-            trace = poutine.trace(poutine.condition(self.model, data=draw)).get_trace(**self._data)
+            conditioned = poutine.condition(self.model, data=draw)
+            trace: Any = poutine.trace(conditioned).get_trace(**self._data)
             sites = {name: trace.nodes[name] for name in names}
             return {
                 name: s["fn"].log_prob(s["value"]).expand(s["fn"].batch_shape)

@@ -57,7 +57,8 @@ class Stochastic:
         seed: int,
         average: bool = True,
     ):
-        self.model, self.guide, self.data, self.estimator = model, guide, data, estimator
+        self.model, self.guide, self.data = model, guide, data
+        self.estimator: Any = estimator
         self.plan, self.average = plan, average
         self.leaves = unique_leaves()
         if callable(optimizer):
@@ -174,7 +175,8 @@ class Stochastic:
                 with torch.no_grad():
                     values = poutine.trace(self.guide).get_trace(**data)
                 # Replayed, so that the draws are constants and only log q depends on parameters.
-                trace = poutine.trace(poutine.replay(self.guide, trace=values)).get_trace(**data)
+                replayed = poutine.replay(self.guide, trace=values)
+                trace: Any = poutine.trace(replayed).get_trace(**data)
             log_q = sum(
                 site["fn"].log_prob(site["value"].detach()).sum()
                 for site in trace.nodes.values()

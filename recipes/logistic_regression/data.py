@@ -25,7 +25,7 @@ def _rows(target):
 def load_data(split="train"):
     """The model's arguments, in float64: {"X": (n, 30), "y": (n,)}.
 
-    split: "train" (n = 426, the default), "test" (143) or "all" (569). y is 1 for malignant (37 % in
+    split: "train" (n = 426, the default), "test" (143) or "all" (569). y is 1 for malignant (37% in
     every split) and 0 for benign; scikit-learn codes it the other way round. Each predictor is
     centred and scaled with the mean and sd of the 426 training rows, in every split.
 

@@ -63,7 +63,7 @@ def point_estimate(X, y, penalty=0.0, tolerance=1e-4):
 
 
 def log_predictive_density(logits, y):
-    """log p(y_n | x_n, training data), one per patient: array (n,). logits: (n,), y: (n,) tensor."""
+    """log p(y_n | x_n, training data) per patient: array (n,). logits: (n,), y: (n,) tensor."""
     return log_expit((2 * y.numpy() - 1) * logits)
 
 

@@ -209,7 +209,7 @@ def test_simulated_data_give_back_their_truth():
     truth = torch.cat([truth["intercept"][None], truth["coefficients"]]).numpy()
     mean, covariance = gaussian_optimum(**data)
     distance = (truth - mean) @ np.linalg.solve(covariance, truth - mean)
-    assert FALSE_ALARM < scipy.stats.chi2(len(truth)).sf(distance)
+    assert scipy.stats.chi2(len(truth)).sf(distance) > FALSE_ALARM
 
 
 # --- the posterior --------------------------------------------------------------------------
