@@ -379,13 +379,11 @@ class Fit:
     # ---------------------------------------------------------------- deterministic
 
     def _run_deterministic(self, restarts: int, rounds: int | None = None) -> None:
-        bar = tqdm(
-            disable=not self.progress, desc="fit", bar_format="{desc}: {postfix} [{elapsed}]"
-        )
+        bar = tqdm(disable=not self.progress, desc="fit", bar_format="{desc} [{elapsed}]")
 
         def report(message: str) -> None:
             if self.progress:
-                bar.set_postfix_str(message)
+                bar.set_description_str(f"fit: {message}")
 
         def checkpoint(progress: det.Progress) -> None:
             self._write_solution(progress)
