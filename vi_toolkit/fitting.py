@@ -517,9 +517,7 @@ class Fit:
                 self.guide,
                 self._data,
                 # What an estimator learns belongs to one fit.
-                self._estimator.fresh()
-                if hasattr(self._estimator, "fresh")
-                else self._estimator,
+                self._estimator.fresh() if hasattr(self._estimator, "fresh") else self._estimator,
                 self._optimizer,
                 plan,
                 seed,

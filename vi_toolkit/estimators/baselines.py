@@ -214,9 +214,7 @@ class ControlVariate(Baseline):
         Score(particles=4, baseline=ControlVariate(per='coordinate'))
     """
 
-    def __init__(
-        self, per: str = "factor", memory: float = 0.9, least_correlation: float = 0.5
-    ):
+    def __init__(self, per: str = "factor", memory: float = 0.9, least_correlation: float = 0.5):
         if per not in ("factor", "coordinate"):
             raise ValueError(f"per must be 'factor' or 'coordinate', not {per!r}")
         if not 0 <= memory < 1:
@@ -273,11 +271,13 @@ class ControlVariate(Baseline):
         names = [n.removesuffix(" hh") for n in moments if n.endswith(" hh")]
         if self.per == "factor" or names == [""]:
             sums = {
-                key: sum(self._per_factor(known[f"{n} {key}"], signal) for n in names)
+                key: torch.stack([self._per_factor(known[f"{n} {key}"], signal) for n in names])
                 for key in ("hh", "hhR", "hhRR")
             }
-            mean_squared = sum(self._per_factor(known[f"{n} hR"].square(), signal) for n in names)
-            return self._coefficient(**sums, squared=mean_squared, n=known["count"]), {}
+            sums = {key: parts.sum(0) for key, parts in sums.items()}
+            squared = [self._per_factor(known[f"{n} hR"].square(), signal) for n in names]
+            squared_sum = torch.stack(squared).sum(0)
+            return self._coefficient(**sums, squared=squared_sum, n=known["count"]), {}
         scores = signal.scores() or {}
         corrections = {}
         for n in names:
@@ -403,8 +403,8 @@ class Neural(Baseline):
             x = data[self.inputs]
         else:
             raise ValueError(
-                f"the baseline of site {signal.site!r} wants the entry {self.inputs!r} of the data, "
-                f"which has {sorted(data)} (model and guide take their data by keyword)"
+                f"the baseline of site {signal.site!r} wants the data entry {self.inputs!r}; there "
+                f"are {sorted(data)} (model and guide take them by keyword)"
             )
         for rows, size in signal.rows.values():
             if x.shape[0] == size and not signal.cut:
@@ -431,4 +431,3 @@ class Neural(Baseline):
         second.mul_(0.999).addcmul_(g, g, value=0.001)
         step = (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
         state[f"net {name}"].sub_(self.learning_rate * step)
-

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,22 @@ class Given(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class SameMinibatch(Messenger):
+    """Let all particles of a step share the minibatch that Pyro would draw for each."""
+
+    def __init__(self, distributions: Mapping[str, Any]):
+        super().__init__()
+        self.distributions = distributions
+        self.drawn = {name: fn.sample() for name, fn in distributions.items()}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        fn = self.distributions.get(msg["name"])
+        if fn is None or msg["value"] is not None or not is_subsample(msg):
+            return
+        if (fn.size, fn.subsample_size) == (msg["fn"].size, msg["fn"].subsample_size):
+            msg["value"] = self.drawn[msg["name"]]
 
 
 class Detach(Messenger):
@@ -154,23 +170,33 @@ class ParticleELBO(ELBO):
         super().__init__(num_particles=particles)
         self._batched = Batched(lambda _: {}, random=True)
         self._prepared_for: tuple[Any, Any] | None = None
+        self._subsamples: dict[str, Any] = {}
+        self._minibatch = SameMinibatch({})
 
     # -- what subclasses give
 
-    def one(
-        self, model: Any, guide: Any, args: Any, kwargs: Any
-    ) -> tuple[Tensors, dict[str, Any]]:
+    def one(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensors, dict[str, Any]]:
         """Tensors of one particle, and what else :meth:`surrogate` must know of the run."""
         raise NotImplementedError
 
-    def surrogate(self, tensors: Tensors, about: dict[str, Any], data: Any) -> torch.Tensor:
-        """What to differentiate in place of the ELBO, summed over particles."""
+    def surrogate(
+        self, elbo: torch.Tensor, tensors: Tensors, about: dict[str, Any], data: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """What to differentiate in place of the ELBO, shape (S,) or already summed, ()."""
         raise NotImplementedError
 
     def prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """Look at model and guide once, outside of any gradient, before they are first used."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            run(model, guide, args, kwargs)  # registers every parameter outside vmap
+            # Registers every parameter outside vmap.
+            model_trace, guide_trace = run(model, guide, args, kwargs)
+        self._subsamples = {
+            name: site["fn"]
+            for name, site in (*guide_trace.nodes.items(), *model_trace.nodes.items())
+            if site["type"] == "sample"
+            and is_subsample(site)
+            and site["fn"].subsample_size not in (None, -1, site["fn"].size)
+        }
 
     # -- state: everything an estimator learns from step to step
 
@@ -208,9 +234,13 @@ class ParticleELBO(ELBO):
         Updates the estimator's state, if it has one.
         """
         tensors, about = self._draw(model, guide, args, kwargs)
-        elbo = total(tensors, about).sum() / self.num_particles
-        surrogate = self.surrogate(tensors, about, (args, kwargs)) / self.num_particles
-        return surrogate.detach() - surrogate - elbo.detach()
+        elbo = total(tensors, about["terms"])
+        surrogate = self.surrogate(elbo, tensors, about, kwargs)
+        loss = -elbo.sum() / self.num_particles
+        if surrogate is elbo:
+            return loss
+        surrogate = surrogate.sum() / self.num_particles
+        return loss.detach() + (surrogate.detach() - surrogate)
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus an ELBO estimate; adds its gradient to the parameters' ``.grad``."""
@@ -224,7 +254,7 @@ class ParticleELBO(ELBO):
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus an ELBO estimate, without a gradient; leaves the estimator's state alone."""
         tensors, about = self._draw(model, guide, args, kwargs)
-        return -(total(tensors, about).sum() / self.num_particles).item()
+        return -(total(tensors, about["terms"]).sum() / self.num_particles).item()
 
     # -- machinery
 
@@ -235,6 +265,7 @@ class ParticleELBO(ELBO):
             self.prepare(model, guide, args, kwargs)
             self._prepared_for = (model, guide)
         about: dict[str, Any] = {}
+        self._minibatch = SameMinibatch(self._subsamples)
         if self.num_particles == 1:
             tensors, about = self.one(model, guide, args, kwargs)
             return pytree.tree_map(lambda t: t.unsqueeze(0), tensors), about
@@ -250,6 +281,9 @@ class ParticleELBO(ELBO):
             return self._batched(torch.zeros(self.num_particles)), about
         finally:
             self._batched.f = lambda _: {}  # keeps no hold on the data
+
+    def _run(self, model: Any, guide: Any, args: Any, kwargs: Any, *handlers: Any) -> Any:
+        return run(model, guide, args, kwargs, self._minibatch, *handlers)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return run(model, guide, args, kwargs)
@@ -289,12 +323,11 @@ def log_density(site: Site) -> torch.Tensor:
     return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]))
 
 
-def total(tensors: Tensors, about: Mapping[str, Any]) -> torch.Tensor:
-    """log p - log q per particle, shape (S,)."""
-    return sum(sum_particles(tensors, about["terms"]), torch.tensor(0.0))
-
-
-def sum_particles(tensors: Tensors, terms: list[Term]) -> Iterator[torch.Tensor]:
+def total(tensors: Tensors, terms: list[Term]) -> torch.Tensor:
+    """Sum of the terms per particle, shape (S,)."""
+    parts = []
     for term in terms:
         log_prob = tensors["terms"][f"{term.owner}/{term.name}"]
-        yield term.sign * log_prob.reshape(len(log_prob), -1).sum(1)
+        log_prob = log_prob.reshape(len(log_prob), -1).sum(1) if log_prob.dim() > 1 else log_prob
+        parts.append(log_prob if term.owner == "model" else -log_prob)
+    return sum(parts[1:], parts[0])

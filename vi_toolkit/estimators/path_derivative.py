@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyro.poutine as poutine
@@ -14,8 +15,6 @@ from vi_toolkit.estimators.particles import (
     is_drawn,
     is_term,
     log_density,
-    run,
-    sum_particles,
     terms_of,
 )
 from vi_toolkit.estimators.reparam import refuse_unreparameterised
@@ -61,7 +60,7 @@ class PathDerivative(ParticleELBO):
     """
 
     def one(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensors, dict[str, Any]]:
-        model_trace, guide_trace = run(model, guide, args, kwargs)
+        model_trace, guide_trace = self._run(model, guide, args, kwargs)
         refuse_unreparameterised(guide_trace)
         tensors, terms = terms_of(model_trace, guide_trace)
         # log q at the same draws held constant depends on the parameters by the second way only.
@@ -76,6 +75,7 @@ class PathDerivative(ParticleELBO):
         score = [log_density(site).sum() for site in again.nodes.values() if is_term(site)]
         return {"terms": tensors, "score": torch.stack(score).sum()}, {"terms": terms}
 
-    def surrogate(self, tensors: Tensors, about: dict[str, Any], data: Any) -> torch.Tensor:
-        elbo = sum(sum_particles(tensors, about["terms"]), torch.tensor(0.0))
-        return (elbo + tensors["score"]).sum()
+    def surrogate(
+        self, elbo: torch.Tensor, tensors: Tensors, about: dict[str, Any], data: Mapping[str, Any]
+    ) -> torch.Tensor:
+        return elbo + tensors["score"]

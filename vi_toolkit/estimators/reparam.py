@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from vi_toolkit.estimators.particles import (
     is_drawn,
     log_density,
     run,
-    sum_particles,
     terms_of,
 )
 
@@ -93,7 +93,7 @@ class Reparam(ParticleELBO):
             warnings.warn(f"No analytic KL, so it is sampled, for {reasons}", stacklevel=2)
 
     def one(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensors, dict[str, Any]]:
-        model_trace, guide_trace = run(model, guide, args, kwargs)
+        model_trace, guide_trace = self._run(model, guide, args, kwargs)
         refuse_unreparameterised(guide_trace)
         for name, how in self.kl.items():
             if how == "analytic" and name in guide_trace.nodes:
@@ -105,8 +105,10 @@ class Reparam(ParticleELBO):
         tensors, terms = terms_of(model_trace, guide_trace)
         return {"terms": tensors}, {"terms": terms}
 
-    def surrogate(self, tensors: Tensors, about: dict[str, Any], data: Any) -> torch.Tensor:
-        return sum(sum_particles(tensors, about["terms"]), torch.tensor(0.0)).sum()
+    def surrogate(
+        self, elbo: torch.Tensor, tensors: Tensors, about: dict[str, Any], data: Mapping[str, Any]
+    ) -> torch.Tensor:
+        return elbo
 
 
 def refuse_unreparameterised(guide_trace: Any) -> None:

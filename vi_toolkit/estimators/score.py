@@ -24,8 +24,8 @@ from vi_toolkit.estimators.particles import (
     plates,
     pointwise,
     run,
-    sum_particles,
     terms_of,
+    total,
 )
 from vi_toolkit.estimators.reparam import reparameterised
 
@@ -140,17 +140,19 @@ class Score(ParticleELBO):
         self._chosen = self._choose(drawn)
         baselines = self.baseline
         if isinstance(baselines, Mapping):
-            named = {n: _resolve(n, drawn) for n in baselines}
-            for name, site in named.items():
-                if site not in self._chosen:
+            self._baselines = {}
+            for name, one in baselines.items():
+                site = _resolve(name, drawn)
+                if site is None or site not in self._chosen:
                     raise PreflightError(
                         f"There is a baseline for {name!r}, where no score is used.",
                         site=name,
                         remedy=f"Sites with a score: {', '.join(sorted(self._chosen))}.",
                     )
-            self._baselines = {site: baselines[n] for n, site in named.items() if baselines[n]}
+                if one is not None:
+                    self._baselines[site] = one
         else:
-            self._baselines = {n: baselines for n in self._chosen} if baselines else {}
+            self._baselines = dict.fromkeys(self._chosen, baselines) if baselines else {}
 
     def _choose(self, drawn: Mapping[str, Site]) -> set[str]:
         if not drawn:
@@ -162,14 +164,14 @@ class Score(ParticleELBO):
             return set(drawn)
         chosen = set()
         for name in self.sites:
-            site = _resolve(name, drawn)
-            if site is None:
+            found = _resolve(name, drawn)
+            if found is None:
                 raise PreflightError(
                     f"The guide draws no site {name!r}, so it has no score there.",
                     site=name,
                     remedy=f"It draws {', '.join(sorted(drawn))}.",
                 )
-            chosen.add(site)
+            chosen.add(found)
         for name, site in drawn.items():
             if name not in chosen and not reparameterised(site):
                 raise PreflightError(
@@ -183,7 +185,8 @@ class Score(ParticleELBO):
     # -- one step
 
     def one(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensors, dict[str, Any]]:
-        model_trace, guide_trace = run(model, guide, args, kwargs, Detach(self._chosen))
+        detach = Detach(self._chosen)
+        model_trace, guide_trace = self._run(model, guide, args, kwargs, detach)
         seen = tuple((n, tuple(plates(s))) for n, s in guide_trace.nodes.items() if is_drawn(s))
         seen += tuple(n for n, s in model_trace.nodes.items() if s["type"] == "sample")
         if self._seen is not None and seen != self._seen:
@@ -247,15 +250,18 @@ class Score(ParticleELBO):
             rows[axis] = (indices, size)
         return rows, cut
 
-    def surrogate(self, tensors: Tensors, about: dict[str, Any], data: Any) -> torch.Tensor:
+    def surrogate(
+        self, elbo: torch.Tensor, tensors: Tensors, about: dict[str, Any], data: Mapping[str, Any]
+    ) -> torch.Tensor:
+        # log q of a score site has a gradient of mean zero, so it is left out.
         kept = [t for t in about["terms"] if t.owner == "model" or t.name not in self._chosen]
-        surrogate = sum(sum_particles(tensors, kept), torch.tensor(0.0)).sum()
+        surrogate = total(tensors, kept).sum()
         for name, facts in about["factors"].items():
             factor = tensors["factors"][name]
             signal = self._signal(name, tensors, about)
             surrogate = surrogate + (factor["log_q"] * signal).sum()
             if name in self._baselines:
-                surrogate = surrogate - self._baseline(name, factor, facts, signal, data[1])
+                surrogate = surrogate - self._baseline(name, factor, facts, signal, data)
         return surrogate
 
     def _signal(self, name: str, tensors: Tensors, about: dict[str, Any]) -> torch.Tensor:
@@ -321,7 +327,7 @@ def _scaled(log_prob: torch.Tensor, site: Site, dims: int) -> torch.Tensor:
 def _sum_to(
     term: Term, log_prob: torch.Tensor, shared: frozenset[str], batch: torch.Size
 ) -> torch.Tensor:
-    """Sum a term (S, *its batch shape) over all but the shared plates; broadcasts to (S, *batch)."""
+    """Sum a term (S, *its batch shape) over all but the shared plates, to fit (S, *batch)."""
     keep = {term.plates[name] for name in shared}
     over = [d for d in range(1 - log_prob.dim(), 0) if d not in keep]
     if over:
@@ -371,4 +377,3 @@ def scores_of(
         log_q = kind(**leaves, validate_args=False).log_prob(value)
         grads = torch.autograd.grad(log_q.sum(), list(leaves.values()))
     return dict(zip(leaves, grads, strict=True))
-

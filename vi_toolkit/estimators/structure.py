@@ -144,9 +144,7 @@ class _Tracker(Messenger):
             grads = torch.autograd.grad(
                 plain.sum(), list(self.leaves.values()), retain_graph=True, allow_unused=True
             )
-            found |= {
-                n for n, g in zip(self.leaves, grads, strict=True) if g is not None
-            }
+            found |= {n for n, g in zip(self.leaves, grads, strict=True) if g is not None}
         return found
 
 
