@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.poutine as poutine
@@ -147,11 +147,6 @@ class Term:
     owner: str  # "model" or "guide"
     name: str
     plates: dict[str, int]
-    log_prob: torch.Tensor = field(default_factory=lambda: torch.tensor(0.0))  # (S, *batch shape)
-
-    @property
-    def sign(self) -> int:
-        return 1 if self.owner == "model" else -1
 
 
 # ------------------------------------------------------------------ the estimators' base
@@ -283,7 +278,8 @@ class ParticleELBO(ELBO):
             self._batched.f = lambda _: {}  # keeps no hold on the data
 
     def _run(self, model: Any, guide: Any, args: Any, kwargs: Any, *handlers: Any) -> Any:
-        return run(model, guide, args, kwargs, self._minibatch, *handlers)
+        with self._minibatch:
+            return run(model, guide, args, kwargs, *handlers)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         return run(model, guide, args, kwargs)

@@ -281,7 +281,8 @@ class Score(ParticleELBO):
                 shared = self.structure.involved[name, key] if self.rao_blackwell else frozenset()
                 part = tensors["terms"][f"{term.owner}/{term.name}"].detach()
                 part = _sum_to(term, part, shared, batch)
-                signal = signal + term.sign * part.reshape(*part.shape, *[1] * dims)
+                part = part.reshape(*part.shape, *[1] * dims)
+                signal = signal + part if term.owner == "model" else signal - part
         return signal
 
     def _baseline(
