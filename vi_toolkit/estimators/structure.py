@@ -7,8 +7,8 @@ have mean zero against it. What involves what is read off an actual run, never d
 * *between sites*, by provenance (Wingate et al., 2011; which inputs a tensor was computed from)
   together with reachability in the autograd graph, which sees what provenance does not
   (custom functions);
-* *within a plate*, index by index, by exchanging the latent's values at half of the indices: a
-  term that then changes at the other half mixes indices, and is not split along that plate.
+* *within a plate*, index by index, by exchanging the latent's values at some of the indices: a
+  term that then changes at another index mixes them, and is not split along that plate.
 
 Where the run cannot be read (a value steers the program, tensors are filled in place), everything
 is taken to depend on everything, which is always right.
@@ -39,6 +39,9 @@ from vi_toolkit.estimators.particles import (
     run,
 )
 
+# Shares of a plate's indices whose values are exchanged. A single index cannot cancel itself, as
+# two can in a sum; many see what one index alone may not reach.
+EXCHANGED = (0.0, 0.0, 0.25, 0.5, 0.5)
 Key = tuple[str, str]  # owner ("model" or "guide"), site
 _LEAVES_TENSORS = {
     "__bool__",
@@ -234,20 +237,20 @@ def _mixing(
             if values[latent].dim() < -axis or values[latent].shape[axis] < 2:
                 continue
             size = values[latent].shape[axis]
-            half = torch.zeros(size, dtype=torch.bool)
-            half[torch.randperm(size)[: (size + 1) // 2]] = True
-            mask = half.reshape(-1, *[1] * (-axis - 1))
-            other = torch.where(mask, _another(site), values[latent])
-            changed = densities({**values, latent: other})
-            for key, before in base.items():
-                if latent not in structure.parents[key]:
-                    continue
-                same = (before == changed[key]) | (before.isnan() & changed[key].isnan())
-                if same.dim() < -dim or same.shape[dim] != size:
+            for count in EXCHANGED:
+                chosen = torch.zeros(size, dtype=torch.bool)
+                chosen[torch.randperm(size)[: max(1, int(count * size))]] = True
+                mask = chosen.reshape(-1, *[1] * (-axis - 1))
+                other = torch.where(mask, _another(site), values[latent])
+                changed = densities({**values, latent: other})
+                for key, before in base.items():
+                    if latent not in structure.parents[key]:
+                        continue
+                    same = (before == changed[key]) | (before.isnan() & changed[key].isnan())
+                    if same.dim() >= -dim and same.shape[dim] == size:
+                        same = same | chosen.reshape(-1, *[1] * (-dim - 1))
                     if not bool(same.all()):
                         found.setdefault((latent, key), set()).add((plate, dim))
-                elif not bool((same | half.reshape(-1, *[1] * (-dim - 1))).all()):
-                    found.setdefault((latent, key), set()).add((plate, dim))
     return found
 
 
