@@ -24,6 +24,7 @@ from vi_toolkit.estimators import (
     Score,
 )
 from vi_toolkit.fitting import Fit, fit
+from vi_toolkit.gradient_report import GradientReport, gradient_report
 from vi_toolkit.reference import Reference
 from vi_toolkit.storage import load
 
@@ -33,6 +34,7 @@ __all__ = [
     "ConvergenceWarning",
     "Enumerate",
     "Fit",
+    "GradientReport",
     "LeaveOneOut",
     "LoadError",
     "Neural",
@@ -48,5 +50,6 @@ __all__ = [
     "VIError",
     "compare",
     "fit",
+    "gradient_report",
     "load",
 ]

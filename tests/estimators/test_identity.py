@@ -45,9 +45,7 @@ def assert_same(found, surrogates, p):
 def test_reparam(subsample, particles):
     toy, found, draws, scale = step(vi.Reparam(particles), "continuous", subsample)
     p = toy.parameters()
-    assert_same(
-        found, [elbo(toy, p, *toy.redraw(p, g, z, i), i, scale) for g, z, i in draws], p
-    )
+    assert_same(found, [elbo(toy, p, *toy.redraw(p, g, z, i), i, scale) for g, z, i in draws], p)
 
 
 @PARTICLES
@@ -110,9 +108,7 @@ def test_naive_score(kind, particles, subsample):
 def test_rao_blackwellised_score(kind, particles, subsample):
     toy, found, draws, scale = step(vi.Score(particles), kind, subsample)
     p = toy.parameters()
-    surrogates = [
-        score_surrogate(toy, p, *draw, *signals(toy, p, *draw, scale)) for draw in draws
-    ]
+    surrogates = [score_surrogate(toy, p, *draw, *signals(toy, p, *draw, scale)) for draw in draws]
     assert_same(found, surrogates, p)
 
 

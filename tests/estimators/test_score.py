@@ -164,12 +164,14 @@ def test_the_generic_algorithm_reaches_the_exact_optimum():
         pyro.factor("y", likelihood)
 
     guide = normal_guide(torch.tensor(0.0).double(), torch.tensor(1.0).double())
-    svi = SVI(no_gradient, guide, ClippedAdam({"lr": 0.05, "lrd": 0.998}), vi.Score(16, vi.LeaveOneOut()))
+    svi = SVI(
+        no_gradient, guide, ClippedAdam({"lr": 0.05, "lrd": 0.998}), vi.Score(16, vi.LeaveOneOut())
+    )
     for _ in range(2500):
         loss = svi.step(y)
     mean, sd = conjugate_posterior(y)
-    assert abs(float(pyro.param("loc") - mean)) < 1e-3 * float(sd)
-    assert abs(float(pyro.param("scale") / sd - 1)) < 1e-3
+    assert abs((pyro.param("loc") - mean).item()) < 1e-3 * float(sd)
+    assert abs((pyro.param("scale") / sd - 1).item()) < 1e-3
     evidence = dist.MultivariateNormal(
         torch.zeros(4).double(), torch.eye(4).double() + 4 * torch.ones(4, 4).double()
     ).log_prob(y)
@@ -184,7 +186,10 @@ def test_implicit_and_score_gradients_agree_with_the_exact_kl(kind, particles):
     prior, start = {
         "Gamma": (dist.Gamma(2 * ones, 3 * ones), [1.5 * ones, 2 * ones]),
         "Beta": (dist.Beta(2 * ones, 3 * ones), [1.5 * ones, 2 * ones]),
-        "Dirichlet": (dist.Dirichlet(torch.tensor([2.0, 1, 3]).double()), [torch.tensor([1.5, 2, 1]).double()]),
+        "Dirichlet": (
+            dist.Dirichlet(torch.tensor([2.0, 1, 3]).double()),
+            [torch.tensor([1.5, 2, 1]).double()],
+        ),
     }[kind]
 
     def q():
@@ -260,7 +265,9 @@ def test_with_pyros_autoguides_and_plain_svi(estimator, family):
     found = gradients(estimator.fresh(), regression, guide, data, 400)
     error = found.mean(0) - truth.mean(0)
     se = (found.var(0) / len(found) + truth.var(0) / len(truth)).sqrt()
-    assert float((error / se).abs().max()) < Z
+    moving = se > 0  # the upper triangle of a Cholesky factor takes no part
+    assert bool((error[~moving] == 0).all())
+    assert float((error / se)[moving].abs().max()) < Z
     svi = SVI(regression, guide, Adam({"lr": 0.01}), loss=estimator.fresh())
     before = [svi.evaluate_loss(**data) for _ in range(50)]
     for _ in range(400):
@@ -388,27 +395,28 @@ def test_a_net_is_asked_for_again_and_then_goes_on_bit_for_bit(tmp_path):
 
 
 def test_fit_takes_the_score_where_it_must():
-    """Discrete latents without asking: exact posterior probabilities of each z_n."""
-    fit = quietly(Indexed.model, Indexed.guide, Indexed.data, seed=3)
-    assert "cannot be reparameterised" in fit.why and "LeaveOneOut" in repr(fit._estimator)
+    """Discrete latents without asking; q can be exact, and comes near."""
+    fit = quietly(Indexed.model, Indexed.guide, Indexed.data, steps=3000, optimizer=0.05)
+    assert "LeaveOneOut" in repr(fit._estimator)
     y = Indexed.y
-    exact = dist.Normal(1.0, 0.5).log_prob(y) - dist.Normal(0.0, 0.5).log_prob(y)
-    assert fit.converged
-    # A logit's unit is 1 / sqrt(p (1 - p)); 0.02 of it is what the fit promises.
-    unit = (exact.sigmoid() * (1 - exact.sigmoid())).rsqrt()
-    assert float(((fit.params["logits"] - exact).abs() / unit).max()) < 3 * 0.02
+    joint = torch.stack([dist.Normal(k, 0.5).log_prob(y) + math.log(0.5) for k in (0.0, 1.0)])
+    evidence = float(joint.logsumexp(0).sum())
+    elbo, se = fit.elbo_estimate(4000)
+    assert evidence - 0.02 - Z * se < elbo < evidence + Z * se  # the gap is KL(q || p)
 
 
 def test_a_mean_field_fit_by_score_agrees_with_theory():
     data = regression_data(n=30)
-    mean, _, precision = regression_posterior(**data)
+    _, _, precision = regression_posterior(**data)
     estimator = vi.Score(20, vi.LeaveOneOut())
-    fit = quietly(regression, AutoNormal, data, estimator=estimator)
-    sd = precision.diagonal().rsqrt()
-    assert fit.converged
-    loc = fit.params["AutoNormal.locs.w"].double()
-    assert float(((loc - mean) / sd).abs().max()) < 3 * 0.02
-    assert float((fit.params["AutoNormal.scales.w"].double() / sd).log().abs().max()) < 0.05
+    fit = quietly(regression, AutoNormal, data, estimator=estimator, steps=2500, optimizer=0.05)
+    X, y = data["X"].double(), data["y"].double()
+    marginal = torch.eye(len(y)).double() + 25 * X @ X.T
+    evidence = dist.MultivariateNormal(torch.zeros(len(y)).double(), marginal).log_prob(y)
+    least_kl = (precision.diagonal().log().sum() - precision.logdet()) / 2  # of a mean-field q
+    elbo, se = fit.elbo_estimate(4000)
+    best = float(evidence - least_kl)
+    assert best - 0.05 - Z * se < elbo < best + Z * se
 
 
 def test_a_net_reduces_variance_that_depends_on_the_data():
