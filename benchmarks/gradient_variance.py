@@ -174,7 +174,10 @@ def main():
         print(report, "\n")
         mean, se = optimum.elbo_estimate(1000)
         print(f"ELBO after {options.steps} steps of the first: {mean:.1f} +- {se:.1f}")
-        print(f"ELBO in about {options.seconds:g} s each (from 1,000 draws; seconds taken):")
+        print(
+            f"ELBO after the steps that take {options.seconds:g} s at the cost per gradient measured "
+            "at the start:"
+        )
         for name, cost in start.costs["ms per gradient"].items():
             steps = math.ceil(options.seconds / cost * 1e3)
             try:
@@ -184,10 +187,7 @@ def main():
                 print(f"    {name:<28} {str(error).split(chr(10))[0]}")
                 continue
             mean, se = fit.elbo_estimate(1000)
-            print(
-                f"    {name:<28} {mean:12.1f} +- {se:5.1f}   {fit.seconds:5.1f} s, "
-                f"{len(fit.elbo)} steps"
-            )
+            print(f"    {name:<28} {mean:12.1f} +- {se:5.1f}   {steps} steps")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The score estimator in use: what it refuses, where it runs, where it goes."""
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pyro
@@ -288,7 +289,7 @@ class Indexed:
     """Bernoulli latents, one per datum, in the two ways that fit subsamples."""
 
     y = torch.tensor([0.2, 1.4, -0.3, 0.9, 1.8, 0.1, 0.4], dtype=torch.float64)
-    data = {"y": y, "row": torch.arange(7)}
+    data: ClassVar = {"y": y, "row": torch.arange(7)}
 
     @staticmethod
     def model(y, row):

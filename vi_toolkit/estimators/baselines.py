@@ -326,7 +326,8 @@ class Neural(Baseline):
     parameter store and the optimiser of the fit.
 
     Args:
-        net: module from ``inputs`` to one number per datum: (n, ...) -> (n,) or (n, 1).
+        net: module from ``inputs`` to one number per datum: (n, ...) -> (n, 1); or to any shape
+            that broadcasts to the site's elements, such as (n, K) for K coordinates.
         inputs: name of the entry of the data to give to the net, first dimension the datum; or a
             function from all of them (a dict) to such a tensor.
         learning_rate: of Adam.
@@ -413,7 +414,7 @@ class Neural(Baseline):
 
     def _shaped(self, prediction: torch.Tensor, signal: Signal) -> torch.Tensor:
         elements = signal.signal.shape[1:]
-        if prediction.dim() == 2 and prediction.shape[-1] == 1 and prediction.shape != elements:
+        if prediction.dim() == 2 and prediction.shape[-1] == 1 and len(elements) == 1:
             prediction = prediction[:, 0]
         try:
             torch.broadcast_to(prediction, elements)

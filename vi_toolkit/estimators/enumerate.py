@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from pyro.infer import TraceEnum_ELBO, config_enumerate
@@ -56,6 +57,15 @@ class Enumerate(TraceEnum_ELBO):
     def fresh(self) -> Enumerate:
         """The same estimator, with no model seen."""
         return Enumerate(**self.options())
+
+    def _guess_max_plate_nesting(self, *args: Any) -> None:
+        logger = logging.getLogger("pyro.infer.elbo")  # it announces its guess
+        level = logger.level
+        logger.setLevel(logging.WARNING)
+        try:
+            super()._guess_max_plate_nesting(*args)
+        finally:
+            logger.setLevel(level)
 
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         # Innermost, so that Pyro's own handlers see the sites configured.
