@@ -174,10 +174,7 @@ def main():
         print(report, "\n")
         mean, se = optimum.elbo_estimate(1000)
         print(f"ELBO after {options.steps} steps of the first: {mean:.1f} +- {se:.1f}")
-        print(
-            f"ELBO after the steps that take {options.seconds:g} s at the cost per gradient measured "
-            "at the start:"
-        )
+        print(f"ELBO after {options.seconds:g} s each (steps = that by the cost of a gradient):")
         for name, cost in start.costs["ms per gradient"].items():
             steps = math.ceil(options.seconds / cost * 1e3)
             try:

@@ -129,9 +129,10 @@ def gradient_report(
     the estimators is often another.
 
     Baselines learn in 30 steps before and go on learning while measured. The parameters stand
-    still meanwhile, which flatters baselines that remember earlier steps: in a fit they lag. Times are taken in
-    turns, one gradient of each estimator after the other, so that a busy machine slows all alike.
-    The caller's parameters, random state and estimators are left as they were.
+    still meanwhile, which flatters baselines that remember earlier steps: in a fit they lag.
+    Times are taken in turns, one gradient of each estimator after the other, so that a busy
+    machine slows all alike. The caller's parameters, random state and estimators are left as
+    they were.
 
     Args:
         model, guide, data: as for :func:`~vi_toolkit.fit`.
