@@ -281,7 +281,7 @@ def _measure(
 
 
 def _one(
-    place: Fit, estimator: ELBO, plan: Any, batches: Minibatches | None
+    place: Fit, estimator: Any, plan: Any, batches: Minibatches | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(seconds, parameter -> flat gradient) of one step."""
     data: Mapping[str, Any] = place._data

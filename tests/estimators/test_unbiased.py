@@ -56,7 +56,7 @@ CASES = [
 def test_the_mean_is_the_exact_gradient(kind, name, particles, subsample):
     toy = TOYS[kind]
     model, guide = toy.pair(subsample)
-    draws = {1: 400, 64: 60}[particles]
+    draws = {1: 300, 64: 40}[particles]
     found = gradients(ESTIMATORS[name](particles), model, guide, DATA, draws)
     assert_unbiased(found, flat(toy.exact_gradient()), f"{kind}, {name}")
 
