@@ -38,7 +38,7 @@ class Enumerate(TraceEnum_ELBO):
         >>> def guide():
         ...     logit = pyro.param("logit", torch.tensor(0.0))
         ...     pyro.sample("z", dist.Bernoulli(logits=logit))
-        >>> Enumerate().loss_and_grads(model, guide)  # q = p: the ELBO is log p(x) = 0, exactly
+        >>> abs(Enumerate().loss_and_grads(model, guide))  # q = p: the ELBO is log p(x) = 0
         0.0
     """
 
