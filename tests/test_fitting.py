@@ -393,7 +393,7 @@ def test_no_finite_start_is_an_error_that_names_the_site():
 def test_ctrl_c_returns_the_fit_so_far(monkeypatch):
     data = regression_data()
     calls = 0
-    original = Trace_ELBO.loss_and_grads
+    original = vi.Reparam.loss_and_grads
 
     def interrupted(self, *args, **kwargs):
         nonlocal calls
@@ -402,7 +402,7 @@ def test_ctrl_c_returns_the_fit_so_far(monkeypatch):
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trace_ELBO, "loss_and_grads", interrupted)
+    monkeypatch.setattr(vi.Reparam, "loss_and_grads", interrupted)
     fit = vi.fit(regression, AutoNormal, data, method="stochastic", progress=False)
     assert fit.interrupted and not fit.converged and len(fit.elbo) == 29
     assert "interrupted" in fit.convergence

@@ -13,24 +13,43 @@ from vi_toolkit.errors import (
     ReferenceError,
     VIError,
 )
-from vi_toolkit.estimators import Reparam
+from vi_toolkit.estimators import (
+    ControlVariate,
+    Enumerate,
+    LeaveOneOut,
+    Neural,
+    PathDerivative,
+    Reparam,
+    RunningMean,
+    Score,
+)
 from vi_toolkit.fitting import Fit, fit
+from vi_toolkit.gradient_report import GradientReport, gradient_report
 from vi_toolkit.reference import Reference
 from vi_toolkit.storage import load
 
 __all__ = [
     "Comparison",
+    "ControlVariate",
     "ConvergenceWarning",
+    "Enumerate",
     "Fit",
+    "GradientReport",
+    "LeaveOneOut",
     "LoadError",
+    "Neural",
     "NonFiniteError",
     "NotDeterministicError",
+    "PathDerivative",
     "PreflightError",
     "Reference",
     "ReferenceError",
     "Reparam",
+    "RunningMean",
+    "Score",
     "VIError",
     "compare",
     "fit",
+    "gradient_report",
     "load",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoGuide,
@@ -30,7 +30,8 @@ from vi_toolkit.errors import (
     NotDeterministicError,
     PreflightError,
 )
-from vi_toolkit.estimators.reparam import Reparam, reparameterised
+from vi_toolkit.estimators import LeaveOneOut, Reparam, Score
+from vi_toolkit.estimators.reparam import reparameterised
 from vi_toolkit.families import FAMILY_OF, set_parameter, write_to_guide
 from vi_toolkit.guides import private_guide
 from vi_toolkit.joint import Joint, indices, latent_sites, observed_sites, prototype
@@ -86,8 +87,9 @@ def fit(
         guide: called as ``guide(**data)``; an ``AutoGuide`` class is built on the model first.
         data: keyword arguments of model and guide.
         estimator: a ``pyro.infer.ELBO``; :class:`~vi_toolkit.Reparam` if every guide site can be
-            reparameterised, else Pyro's ``Trace_ELBO`` (score function). Other than ``Reparam``
-            implies the stochastic method.
+            reparameterised, else the score function where it must be,
+            ``Score(8, LeaveOneOut(), sites=...)``. Other than ``Reparam`` implies the stochastic
+            method.
         optimizer: first step size of Adam, or a function from parameters to a
             ``torch.optim.Optimizer``; implies the stochastic method.
         method: ``"auto"``, ``"deterministic"`` or ``"stochastic"``.
@@ -495,8 +497,9 @@ class Fit:
         subsample: Mapping[str, int] | None,
     ) -> None:
         if estimator is None:
-            sites = self._guide_trace.nodes.values()
-            estimator = Reparam() if all(reparameterised(s) for s in sites) else Trace_ELBO()
+            sites = self._guide_trace.nodes.items()
+            discrete = [name for name, site in sites if not reparameterised(site)]
+            estimator = Score(8, LeaveOneOut(), sites=discrete) if discrete else Reparam()
         self._estimator = estimator
         self._optimizer = DEFAULT_RATE if optimizer is None else optimizer
         self._average = average
@@ -518,7 +521,8 @@ class Fit:
                 self.model,
                 self.guide,
                 self._data,
-                self._estimator,
+                # What an estimator learns belongs to one fit.
+                self._estimator.fresh() if hasattr(self._estimator, "fresh") else self._estimator,
                 self._optimizer,
                 plan,
                 seed,

@@ -245,6 +245,7 @@ class Stochastic:
             "stage_average": self.stage_average,
             "error": self.error,
             "elbo": torch.tensor(self.elbo, dtype=torch.float64),
+            "estimator": self.estimator.state() if hasattr(self.estimator, "state") else {},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -260,6 +261,8 @@ class Stochastic:
         self.stage_average = state["stage_average"]
         self.error = float(state["error"])
         self.elbo = state["elbo"].tolist()
+        if hasattr(self.estimator, "load_state"):
+            self.estimator.load_state(state["estimator"])
 
 
 _NO_DENSITY = {"_Subsample", "Delta", "Unit"}

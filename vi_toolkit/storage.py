@@ -22,12 +22,23 @@ from safetensors.torch import save_file
 
 from vi_toolkit import deterministic as det
 from vi_toolkit.errors import LoadError
-from vi_toolkit.estimators import Reparam
+from vi_toolkit.estimators import (
+    ControlVariate,
+    Enumerate,
+    LeaveOneOut,
+    PathDerivative,
+    Reparam,
+    RunningMean,
+    Score,
+)
 from vi_toolkit.families import Diagonal, FullRank, LowRank
 from vi_toolkit.fitting import Fit
 
 FORMAT = "vi_toolkit fit"
-VERSION = 1
+VERSION = 2
+# What can be made again from numbers and names; a net (Neural) or an ELBO of Pyro's cannot.
+_ESTIMATORS = {kind.__name__: kind for kind in (Reparam, PathDerivative, Score, Enumerate)}
+_BASELINES = {kind.__name__: kind for kind in (RunningMean, LeaveOneOut, ControlVariate)}
 _FAMILIES = {family.name: family for family in (Diagonal, FullRank, LowRank)}
 
 
@@ -165,9 +176,7 @@ def _state(fit: Fit) -> dict[str, Any] | None:
             "kind": "stochastic",
             "running": fit._stochastic.state() | {"iterate": fit._iterate},
             "rate": fit._optimizer if isinstance(fit._optimizer, float) else None,
-            "particles": (
-                fit._estimator.num_particles if isinstance(fit._estimator, Reparam) else None
-            ),
+            "estimator": _describe(fit._estimator),
             "subsample": fit._subsample,
             "average": fit._average,
         }
@@ -202,8 +211,8 @@ def _restore(
     if state is None:
         return
     if state["kind"] == "stochastic":
-        if estimator is None and state["particles"] is not None:
-            estimator = Reparam(state["particles"])
+        if estimator is None and state["estimator"] is not None:
+            estimator = _make(state["estimator"])
         known = state["rate"] if state["rate"] is not None else optimizer
         fit._prepare_stochastic(estimator, known, state["average"], state["subsample"])
         fit._start_stochastic(fit.seed)
@@ -214,8 +223,9 @@ def _restore(
             # Without the optimiser's code its state cannot be taken up; all else can.
             running_state = running_state | {"optimizer": running.optimizer.state_dict()}
             fit._cannot_extend = "pass optimizer= to vi.load to continue this fit"
-        if estimator is None and state["particles"] is None:
+        if estimator is None:
             fit._cannot_extend = "pass estimator= to vi.load to continue this fit"
+            running_state = running_state | {"estimator": {}}
         with fit._room():
             running.restore(running_state)  # leaves the iterate in the parameters
             for name, leaf in fit._store.named_parameters():
@@ -240,6 +250,39 @@ def _restore(
         state["gradient"],
         state["elbo"].tolist(),
     )
+
+
+def _describe(value: Any) -> Any:
+    """An estimator or a baseline as names and numbers, or None where that cannot be."""
+    if type(value) in _BASELINES.values():
+        return {"kind": type(value).__name__, "options": value.options()}
+    if type(value) not in _ESTIMATORS.values():
+        return None
+    options = value.options()
+    baseline = options.get("baseline")
+    if isinstance(baseline, Mapping):
+        options["baseline"] = {site: _describe(one) for site, one in baseline.items()}
+        if any(one and not options["baseline"][site] for site, one in baseline.items()):
+            return None
+    elif baseline is not None:
+        options["baseline"] = _describe(baseline)
+        if options["baseline"] is None:
+            return None
+    return {"kind": type(value).__name__, "options": options}
+
+
+def _make(description: Mapping[str, Any]) -> Any:
+    """What :func:`_describe` described."""
+    options = dict(description["options"])
+    baseline = options.get("baseline")
+    if baseline is not None:
+        single = set(baseline) == {"kind", "options"}
+        options["baseline"] = (
+            _make(baseline)
+            if single
+            else {site: one and _make(one) for site, one in baseline.items()}
+        )
+    return {**_ESTIMATORS, **_BASELINES}[description["kind"]](**options)
 
 
 def _pack(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -62,11 +62,17 @@ class SubsamplePlates(Messenger):
     Args:
         indices: plate name -> indices, for models that use the plate's indices.
         scales: plate name -> N/B, for models that are given cut data.
+        rows: plate name -> (indices, N), for models that are given cut data: which data those are.
     """
 
-    def __init__(self, indices: Mapping[str, torch.Tensor], scales: Mapping[str, float]):
+    def __init__(
+        self,
+        indices: Mapping[str, torch.Tensor],
+        scales: Mapping[str, float],
+        rows: Mapping[str, tuple[torch.Tensor, int]] | None = None,
+    ):
         super().__init__()
-        self.indices, self.scales = indices, scales
+        self.indices, self.scales, self.rows = indices, scales, rows or {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if type(msg["fn"]).__name__ == "_Subsample":
@@ -76,6 +82,8 @@ class SubsamplePlates(Messenger):
         for frame in msg["cond_indep_stack"]:
             if frame.name in self.scales:
                 msg["scale"] = msg["scale"] * self.scales[frame.name]
+            if frame.name in self.rows:
+                msg["infer"] = {**msg["infer"], "vi_rows": self.rows}
 
 
 @dataclass
@@ -94,4 +102,5 @@ class PlatePlan:
         if self.cut is None:
             return dict(data), SubsamplePlates({self.name: indices}, {})
         cut = {k: v[indices] if k in self.cut else v for k, v in data.items()}
-        return cut, SubsamplePlates({}, {self.name: self.size / len(indices)})
+        rows = {self.name: (indices, self.size)}
+        return cut, SubsamplePlates({}, {self.name: self.size / len(indices)}, rows)

@@ -1,0 +1,329 @@
+"""What every Monte Carlo estimator shares: draws from the guide, and the ELBO's terms at them.
+
+The ELBO is a sum of terms, log p of the model's sites and -log q of the guide's. Estimators
+differ only in which gradient they attach to that number, so the number itself is the same for all
+of them: ``differentiable_loss`` returns it with the estimator's gradient attached, as pure tensor
+code that a tracer can follow, and ``loss_and_grads`` is a thin wrapper on that.
+
+Particles are vectorised with ``torch.func.vmap``, so that a model written for one draw
+(``X @ coefficients``) needs no change; where ``vmap`` cannot follow (structure that depends on
+values), the particles are run one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import ELBO
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.util import check_model_guide_match, warn_if_nan
+from torch.distributions import Independent
+from torch.utils import _pytree as pytree
+
+from vi_toolkit.errors import PreflightError
+from vi_toolkit.noise import FunctionalNoise
+from vi_toolkit.vectorise import Batched
+
+Site = dict[str, Any]
+Tensors = dict[str, Any]
+
+
+# ------------------------------------------------------------------ kinds of sites
+
+
+def is_subsample(site: Site) -> bool:
+    return type(site["fn"]).__name__ == "_Subsample"
+
+
+def is_deterministic(site: Site) -> bool:
+    """Whether the site is a point mass: it draws nothing."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__ == "Delta"
+
+
+def is_drawn(site: Site) -> bool:
+    """Whether the guide draws a random value here."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not is_subsample(site)
+        and not is_deterministic(site)
+    )
+
+
+def is_term(site: Site) -> bool:
+    """Whether the site has a log density."""
+    return site["type"] == "sample" and not is_subsample(site)
+
+
+def plates(site: Site) -> dict[str, int]:
+    """Name -> dim of the vectorised plates around a site."""
+    return {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
+
+
+class Given(Messenger):
+    """Fix the values of some sample sites, and leave all others to be computed."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class SameMinibatch(Messenger):
+    """Let all particles of a step share the minibatch that Pyro would draw for each."""
+
+    def __init__(self, distributions: Mapping[str, Any]):
+        super().__init__()
+        self.distributions = distributions
+        self.drawn = {name: fn.sample() for name, fn in distributions.items()}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        fn = self.distributions.get(msg["name"])
+        if fn is None or msg["value"] is not None or not is_subsample(msg):
+            return
+        if (fn.size, fn.subsample_size) == (msg["fn"].size, msg["fn"].subsample_size):
+            msg["value"] = self.drawn[msg["name"]]
+
+
+class Detach(Messenger):
+    """Cut the path from the guide's parameters to the values drawn at some sites (None: at all)."""
+
+    def __init__(self, names: set[str] | None):
+        super().__init__()
+        self.names = names
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_drawn(msg) and (self.names is None or msg["name"] in self.names):
+            msg["value"] = msg["value"].detach()
+
+
+# ------------------------------------------------------------------ one draw
+
+
+def run(
+    model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, *handlers: Any
+) -> tuple[Any, Any]:
+    """Trace the guide under ``handlers``, and the model on the guide's values."""
+    with contextlib.ExitStack() as stack:
+        for handler in handlers:
+            stack.enter_context(handler)
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace)
+    return model_trace, guide_trace
+
+
+def pointwise(site: Site) -> tuple[torch.Tensor, int]:
+    """(log density before the sum over independent coordinates, number of such dimensions).
+
+    Neither scaled nor masked; shape (*batch shape, *independent dimensions).
+    """
+    fn, dims = site["fn"], 0
+    while isinstance(fn, Independent):
+        dims += fn.reinterpreted_batch_ndims
+        fn = fn.base_dist
+    return fn.log_prob(site["value"]), dims
+
+
+@dataclass
+class Term:
+    """One term of the ELBO: log p or -log q of one site."""
+
+    owner: str  # "model" or "guide"
+    name: str
+    plates: dict[str, int]
+
+
+# ------------------------------------------------------------------ the estimators' base
+
+
+class ParticleELBO(ELBO):
+    """Base of the estimators: vectorised particles, and the gradient kept apart from the value.
+
+    Subclasses give :meth:`one`, the tensors of one particle, and :meth:`surrogate`, what to
+    differentiate, made of those tensors with a particle dimension in front.
+    """
+
+    def __init__(self, particles: int = 1):
+        if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
+            raise ValueError(f"particles must be a positive whole number, not {particles!r}")
+        super().__init__(num_particles=particles)
+        self._batched = Batched(lambda _: {}, random=True)
+        self._prepared_for: tuple[Any, Any] | None = None
+        self._subsamples: dict[str, Any] = {}
+        self._minibatch = SameMinibatch({})
+
+    # -- what subclasses give
+
+    def one(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensors, dict[str, Any]]:
+        """Tensors of one particle, and what else :meth:`surrogate` must know of the run."""
+        raise NotImplementedError
+
+    def surrogate(
+        self, elbo: torch.Tensor, tensors: Tensors, about: dict[str, Any], data: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """What to differentiate in place of the ELBO, shape (S,) or already summed, ()."""
+        raise NotImplementedError
+
+    def prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        """Look at model and guide once, outside of any gradient, before they are first used."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            # Registers every parameter outside vmap.
+            model_trace, guide_trace = run(model, guide, args, kwargs)
+        self._subsamples = {
+            name: site["fn"]
+            for name, site in (*guide_trace.nodes.items(), *model_trace.nodes.items())
+            if site["type"] == "sample"
+            and is_subsample(site)
+            and site["fn"].subsample_size not in (None, -1, site["fn"].size)
+        }
+
+    # -- state: everything an estimator learns from step to step
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Live tensors that the estimator updates in place from step to step."""
+        return {}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take up the state of another time: the tensors themselves, not copies."""
+        if state:
+            raise ValueError(f"{self!r} keeps no state, and was given {sorted(state)}")
+
+    def fresh(self) -> ParticleELBO:
+        """The same estimator as it was when made: nothing learnt, no model seen."""
+        return type(self)(**self.options())
+
+    def options(self) -> dict[str, Any]:
+        """The arguments that the estimator was made with."""
+        return {"particles": self.num_particles}
+
+    def __repr__(self) -> str:
+        default = inspect.signature(type(self).__init__).parameters
+        given = [
+            f"{name}={value!r}"
+            for name, value in self.options().items()
+            if name == "particles" or value != default[name].default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    # -- what users and optimisers call
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Minus an ELBO estimate, shape (): its value is the ELBO's, its gradient this estimator's.
+
+        Updates the estimator's state, if it has one.
+        """
+        tensors, about = self._draw(model, guide, args, kwargs)
+        elbo = total(tensors, about["terms"])
+        surrogate = self.surrogate(elbo, tensors, about, kwargs)
+        loss = -elbo.sum() / self.num_particles
+        if surrogate is elbo:
+            return loss
+        surrogate = surrogate.sum() / self.num_particles
+        return loss.detach() + (surrogate.detach() - surrogate)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Minus an ELBO estimate; adds its gradient to the parameters' ``.grad``."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        warn_if_nan(loss, "loss")
+        return loss.item()
+
+    @torch.no_grad()
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Minus an ELBO estimate, without a gradient; leaves the estimator's state alone."""
+        tensors, about = self._draw(model, guide, args, kwargs)
+        return -(total(tensors, about["terms"]).sum() / self.num_particles).item()
+
+    # -- machinery
+
+    def _draw(
+        self, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> tuple[Tensors, dict[str, Any]]:
+        if self._prepared_for is None or self._prepared_for != (model, guide):
+            self.prepare(model, guide, args, kwargs)
+            self._prepared_for = (model, guide)
+        about: dict[str, Any] = {}
+        self._minibatch = SameMinibatch(self._subsamples)
+        if self.num_particles == 1:
+            tensors, about = self.one(model, guide, args, kwargs)
+            return pytree.tree_map(lambda t: t.unsqueeze(0), tensors), about
+
+        def one(_: torch.Tensor) -> Tensors:
+            nonlocal about
+            with FunctionalNoise():
+                tensors, about = self.one(model, guide, args, kwargs)
+            return tensors
+
+        self._batched.f = one
+        try:
+            return self._batched(torch.zeros(self.num_particles)), about
+        finally:
+            self._batched.f = lambda _: {}  # keeps no hold on the data
+
+    def _run(self, model: Any, guide: Any, args: Any, kwargs: Any, *handlers: Any) -> Any:
+        with self._minibatch:
+            return run(model, guide, args, kwargs, *handlers)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        return run(model, guide, args, kwargs)
+
+
+def terms_of(model_trace: Any, guide_trace: Any) -> tuple[Tensors, list[Term]]:
+    """The log densities of every site, scaled and masked, and what is known of each term.
+
+    Raises:
+        PreflightError: a ``pyro.factor`` of the guide is said not to be reparameterised.
+    """
+    tensors, terms = {}, []
+    for owner, trace in (("model", model_trace), ("guide", guide_trace)):
+        for name, site in trace.nodes.items():
+            if not is_term(site):
+                continue
+            if owner == "guide" and site["is_observed"] and not site["fn"].has_rsample:
+                raise PreflightError(
+                    f"The guide's factor {name!r} is not has_rsample=True: it may be part of a "
+                    "density whose score nobody knows.",
+                    site=name,
+                    remedy="Set has_rsample=True if it comes from a reparameterised draw; else "
+                    "write the density as a distribution with log_prob.",
+                )
+            tensors[f"{owner}/{name}"] = log_density(site)
+            terms.append(Term(owner, name, plates(site)))
+    return tensors, terms
+
+
+def log_density(site: Site) -> torch.Tensor:
+    """Scaled and masked log density, shape (*batch shape)."""
+    if "log_prob" in site:
+        return site["log_prob"]
+    if site["mask"] is False:
+        return torch.zeros(site["fn"].batch_shape)
+    log_prob = site["fn"].log_prob(site["value"])
+    return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]))
+
+
+def total(tensors: Tensors, terms: list[Term]) -> torch.Tensor:
+    """Sum of the terms per particle, shape (S,)."""
+    parts = []
+    for term in terms:
+        log_prob = tensors["terms"][f"{term.owner}/{term.name}"]
+        log_prob = log_prob.reshape(len(log_prob), -1).sum(1) if log_prob.dim() > 1 else log_prob
+        parts.append(log_prob if term.owner == "model" else -log_prob)
+    return sum(parts[1:], parts[0])
