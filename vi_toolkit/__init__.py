@@ -4,6 +4,16 @@
 """
 
 from vi_toolkit.comparison import Comparison, compare
+from vi_toolkit.diagnostics import (
+    Diagnosis,
+    convergence,
+    diagnose,
+    importance_moments,
+    linear_response,
+    pareto_k,
+    psis,
+    when_converged,
+)
 from vi_toolkit.errors import (
     ConvergenceWarning,
     LoadError,
@@ -21,6 +31,7 @@ from vi_toolkit.storage import load
 __all__ = [
     "Comparison",
     "ConvergenceWarning",
+    "Diagnosis",
     "Fit",
     "LoadError",
     "NonFiniteError",
@@ -31,6 +42,13 @@ __all__ = [
     "Reparam",
     "VIError",
     "compare",
+    "convergence",
+    "diagnose",
     "fit",
+    "importance_moments",
+    "linear_response",
     "load",
+    "pareto_k",
+    "psis",
+    "when_converged",
 ]
