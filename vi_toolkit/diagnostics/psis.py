@@ -128,6 +128,6 @@ def psis(fit: Any, draws: int | None = None, repetitions: int = 8, seed: int = 0
     return pareto_k(torch.stack([fit.log_weights(count, seed + r) for r in range(repetitions)]))
 
 
-def affordable_draws(joint: Any, repetitions: int, work: float = 1e8) -> int:
+def affordable_draws(joint: Any, repetitions: int, work: float = 4e7) -> int:
     """Draws per repetition, between 2,000 and 50,000, for ``work`` log densities of one datum."""
     return int(min(5e4, max(2e3, work / (repetitions * (joint.observations + joint.dim)))))
