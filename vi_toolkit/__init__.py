@@ -4,6 +4,16 @@
 """
 
 from vi_toolkit.comparison import Comparison, compare
+from vi_toolkit.diagnostics import (
+    Diagnosis,
+    convergence,
+    diagnose,
+    importance_moments,
+    linear_response,
+    pareto_k,
+    psis,
+    when_converged,
+)
 from vi_toolkit.errors import (
     ConvergenceWarning,
     LoadError,
@@ -32,6 +42,7 @@ __all__ = [
     "Comparison",
     "ControlVariate",
     "ConvergenceWarning",
+    "Diagnosis",
     "Enumerate",
     "Fit",
     "GradientReport",
@@ -49,7 +60,14 @@ __all__ = [
     "Score",
     "VIError",
     "compare",
+    "convergence",
+    "diagnose",
     "fit",
     "gradient_report",
+    "importance_moments",
+    "linear_response",
     "load",
+    "pareto_k",
+    "psis",
+    "when_converged",
 ]

@@ -66,6 +66,9 @@ class Problem(Protocol):
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and sd of every unconstrained latent scalar under the guide, (d,) each."""
 
+    def mean_jacobian(self) -> torch.Tensor:
+        """Derivative (d, size) of these means over the coordinates, at x = 0."""
+
 
 P = TypeVar("P", bound=Problem)
 
@@ -103,6 +106,9 @@ class FamilyProblem:
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.q.location, self.q.sd()
+
+    def mean_jacobian(self) -> torch.Tensor:
+        return self.q.mean_jacobian()
 
 
 class GuideProblem:
@@ -239,6 +245,22 @@ class GuideProblem:
         with torch.no_grad():
             u = Batched(lambda z: self._unconstrained(self._guide_trace(z)), self.joint.chunk)(z)
         return u.mean(0), u.std(0, correction=0)
+
+    def mean_jacobian(self) -> torch.Tensor:
+        z = torch.zeros(1, 0, dtype=self.origin.dtype)
+        if self.noise_dim:
+            z = fixed_normals(512, self.noise_dim, 0).to(self.origin.dtype)
+        self._write(torch.zeros_like(self.origin))
+        mean = Batched(lambda z: self._unconstrained(self._guide_trace(z)), self.joint.chunk)(z)
+        rows = []
+        for entry in mean.mean(0):
+            grads = torch.autograd.grad(entry, self.leaves, retain_graph=True, allow_unused=True)
+            pairs = zip(self.leaves, grads, strict=True)
+            rows.append(
+                torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in pairs])
+            )
+        plain = torch.stack(rows)
+        return plain @ self.basis if self.basis.dim() == 2 else plain * self.basis
 
 
 def unique_leaves() -> list[torch.Tensor]:

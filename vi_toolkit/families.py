@@ -118,6 +118,11 @@ class FullRank:
         diagonal = outer.diagonal() * x[d : 2 * d].exp() + 1
         return torch.cat([white.mean(0), diagonal, outer[i, j]])
 
+    def mean_jacobian(self) -> torch.Tensor:
+        """Derivative (d, size) of the mean over the coordinates, at x = 0."""
+        shift = self.tril
+        return torch.cat([shift, shift.new_zeros(len(shift), self.size - len(shift))], 1)
+
     def sd(self) -> torch.Tensor:
         return self.tril.norm(dim=-1)
 
@@ -179,6 +184,11 @@ class Diagonal:
         mean = g.mean(0)
         shift = mean @ self.whitening if self.whitening.dim() == 2 else mean * self.whitening
         return torch.cat([shift, (g * z).mean(0) * self.scale * x[d:].exp() + 1])
+
+    def mean_jacobian(self) -> torch.Tensor:
+        """Derivative (d, size) of the mean over the coordinates, at x = 0."""
+        shift = self.whitening if self.whitening.dim() == 2 else self.whitening.diag()
+        return torch.cat([shift, shift.new_zeros(len(shift), self.size - len(shift))], 1)
 
     def sd(self) -> torch.Tensor:
         return self.scale
@@ -274,6 +284,11 @@ class LowRank:
         factor = self._pulled_back(factor / self.scale[:, None])
         shift = self._pulled_back(g.mean(0)[:, None])
         return torch.cat([shift[:, 0], scale, factor.reshape(-1)])
+
+    def mean_jacobian(self) -> torch.Tensor:
+        """Derivative (d, size) of the mean over the coordinates, at x = 0."""
+        shift = self.whitening if self.whitening.dim() == 2 else self.whitening.diag()
+        return torch.cat([shift, shift.new_zeros(len(shift), self.size - len(shift))], 1)
 
     def sd(self) -> torch.Tensor:
         return self.scale * (1 + self.factor.pow(2).sum(-1)).sqrt()

@@ -835,17 +835,29 @@ class Fit:
 
     def log_weights(self, n: int = 1000, seed: int | None = None) -> torch.Tensor:
         """log p(x, z) - log q(z) at n draws from the guide: shape (n,), in nats."""
-        _positive(n, 2)
+        return self.weighted_sample(n, seed)[1]
 
-        def one(_: torch.Tensor) -> torch.Tensor:
+    def weighted_sample(self, n: int = 1000, seed: int | None = None) -> tuple[Draws, torch.Tensor]:
+        """n draws from the guide, as from :meth:`sample`, and the log weight of each.
+
+        Returns:
+            (draws, log p(x, z) - log q(z)): the weights turn averages over the guide into averages
+            over the posterior, as far as :func:`~vi_toolkit.psis` says that they can.
+        """
+        _positive(n, 2)
+        names = list(latent_sites(self._model_trace))
+
+        def one(_: torch.Tensor) -> tuple[Draws, torch.Tensor]:
             with FunctionalNoise():
                 trace = poutine.trace(self.guide).get_trace(**self._data)
                 model = poutine.trace(poutine.replay(self.model, trace=trace))
                 model_trace = model.get_trace(**self._data)
-            return model_trace.log_prob_sum() - trace.log_prob_sum()
+            values = {name: trace.nodes[name]["value"] for name in names}
+            return values, model_trace.log_prob_sum() - trace.log_prob_sum()
 
         with self._room(seeded_state(self._seed(seed, 3))), torch.no_grad():
-            return Batched(one, self._chunk(), random=True)(torch.zeros(n))
+            draws, weights = Batched(one, self._chunk(), random=True)(torch.zeros(n))
+        return {k: self._out(v) for k, v in draws.items()}, weights
 
     def extend(self, steps: int | None = None) -> Fit:
         """Go on from where the fit stopped, bit for bit as if it had never stopped.

@@ -19,7 +19,7 @@ from pyro.infer import ELBO
 from vi_toolkit.estimators import LeaveOneOut, PathDerivative, Reparam, Score
 from vi_toolkit.estimators.particles import is_drawn, is_term, pointwise
 from vi_toolkit.estimators.reparam import reparameterised
-from vi_toolkit.fitting import Fit, _float_dtype, _private, fit
+from vi_toolkit.fitting import Fit, _float_dtype, fit
 from vi_toolkit.preflight import preflight
 from vi_toolkit.scope import borrowed_globals, seeded_state
 from vi_toolkit.subsampling import Minibatches
@@ -177,7 +177,7 @@ def gradient_report(
     elif at == "init":
         dtype = _float_dtype(data)
         with borrowed_globals(rng_state=seeded_state(seed), dtype=dtype):
-            preflight(model, _private(model, guide), data, subsample=subsample)
+            preflight(model, guide, data, subsample=subsample)
         place, where = Fit(model, guide, data, dtype, seed, progress=False), at
     elif at == "optimum":
         place, where = fit(model, guide, data, seed=seed, progress=False), at

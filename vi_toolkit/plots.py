@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from vi_toolkit.comparison import Comparison
+    from vi_toolkit.diagnostics import Diagnosis
     from vi_toolkit.fitting import Fit
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -45,6 +47,67 @@ class Figure(matplotlib.figure.Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
         return buffer.getvalue()
+
+
+def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
+    """One page: the error of every mean and sd, with its limits, above the verdict's reasons.
+
+    Args:
+        diagnosis: from :func:`~vi_toolkit.diagnose`.
+    """
+    table = diagnosis.table
+    with matplotlib.rc_context(STYLE):
+        rows = 0 if table is None else min(len(table), MOST_SCALARS)
+        figure = Figure(figsize=(9, 1.8 + 0.22 * max(rows, 4)), layout="constrained")
+        figure.suptitle(f"Verdict: {diagnosis.verdict}", x=0.01, ha="left", fontsize=13)
+        if table is None:
+            axis = figure.subplots()
+            axis.axis("off")
+            text = [*diagnosis.reasons, "", *diagnosis.next_steps]
+            axis.text(0, 1, "\n".join(_wrapped(text)), va="top", fontsize=9)
+            return figure
+        size = table["mean error"].abs() + np.log(table["sd ratio"]).abs()
+        shown = table.loc[size.sort_values(ascending=False).index[:rows]].iloc[::-1]
+        left, right = figure.subplots(1, 2, sharey=True)
+        where = np.arange(rows)
+        quantities = (
+            (left, "mean", "error of the mean (posterior sds)", 0.0),
+            (right, "sd", "sd, VI / posterior", 1.0),
+        )
+        for axis, kind, label, ideal in quantities:
+            value = shown["mean error" if kind == "mean" else "sd ratio"]
+            error = shown["mean error se" if kind == "mean" else "sd ratio se"]
+            ok = shown[f"{kind} ok"].to_numpy()
+            axis.axvspan(ideal - 0.05, ideal + 0.05, color=REFERENCE, lw=0)
+            for good, colour in ((True, COLOURS[0]), (False, COLOURS[1])):
+                pick = ok == good
+                if pick.any():
+                    axis.errorbar(
+                        value[pick],
+                        where[pick],
+                        xerr=2 * error[pick],
+                        fmt="o",
+                        ms=4,
+                        lw=1,
+                        color=colour,
+                        label="within the limits" if good else "off",
+                    )
+            axis.set_xlabel(label)
+            axis.margins(x=0.1)
+        left.set_yticks(where, shown.index)
+        left.set_title(
+            f"{len(table)} scalars" if rows == len(table) else f"{rows} worst of {len(table)}"
+        )
+        k = diagnosis.pareto_k
+        if k is not None:
+            right.set_title(f"k-hat of the guide {k.k:.2f} ± {k.standard_error:.2f}")
+        right.legend(frameon=False, fontsize=8)
+        figure.supxlabel("\n".join(_wrapped(diagnosis.reasons)), x=0.01, ha="left", fontsize=9)
+    return figure
+
+
+def _wrapped(sentences: list[str], width: int = 110) -> list[str]:
+    return [line for s in sentences for line in (textwrap.wrap(s, width) or [""])]
 
 
 def plot_fit(fit: Fit, draws: int = 4000, scalars: int = 12, seed: int = 0) -> Figure:

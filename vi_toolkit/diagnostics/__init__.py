@@ -1,0 +1,22 @@
+"""Whether to believe a fit: one diagnostic per file, and :func:`diagnose`, which climbs them."""
+
+from vi_toolkit.diagnostics.convergence import Convergence, convergence, when_converged
+from vi_toolkit.diagnostics.importance import ImportanceMoments, importance_moments
+from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
+from vi_toolkit.diagnostics.psis import ParetoK, pareto_k, psis
+from vi_toolkit.diagnostics.verdict import Diagnosis, diagnose
+
+__all__ = [
+    "Convergence",
+    "Diagnosis",
+    "ImportanceMoments",
+    "LinearResponse",
+    "ParetoK",
+    "convergence",
+    "diagnose",
+    "importance_moments",
+    "linear_response",
+    "pareto_k",
+    "psis",
+    "when_converged",
+]

@@ -1,0 +1,176 @@
+"""Linear-response covariance: what mean field lost, from how its means move."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vi_toolkit import deterministic as det
+from vi_toolkit.errors import ConvergenceWarning, NotDeterministicError
+from vi_toolkit.scope import seeded_state
+
+DENSE = 1_000  # variational parameters up to which the Hessian is formed
+
+
+@dataclass(frozen=True, eq=False)
+class LinearResponse:
+    """The linear-response covariance of a fit.
+
+    Attributes:
+        names: of the scalars on the unconstrained scale, (d,).
+        mean: the guide's means, (d,).
+        covariance: corrected, (d, d).
+        sd: corrected sds, (d,).
+        guide_sd: the guide's own sds, (d,).
+        optimum: whether the ELBO's curvature at the fit is that of a maximum. If not, the fit has
+            not converged and the correction means nothing.
+    """
+
+    names: list[str]
+    mean: np.ndarray
+    covariance: np.ndarray
+    guide_sd: np.ndarray
+    optimum: bool
+
+    @property
+    def sd(self) -> np.ndarray:
+        return np.sqrt(np.diag(self.covariance))
+
+    @property
+    def meaning(self) -> str:
+        if not self.optimum:
+            return "the fit is not at a maximum of the ELBO: these sds mean nothing"
+        ratio = self.guide_sd / self.sd
+        worst = int(ratio.argmin())
+        return (
+            f"the guide's sds are {ratio.min():.2f} to {ratio.max():.2f} of the corrected ones; "
+            f"the narrowest is {self.names[worst]}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Linear response of {len(self.names)} scalars: {self.meaning}"
+
+
+def linear_response(fit: Any, scalars: list[str] | None = None) -> LinearResponse:
+    r"""Posterior covariance from the response of a fit's means to a tilt of the log density.
+
+    If the log joint density gets a term :math:`t^\top u`, the posterior mean of u moves at the rate
+    of its covariance. So do the means of the best q in the family, as far as they can follow, and
+    that rate is
+
+    .. math:: \hat\Sigma = J\, (-H)^{-1} J^\top, \qquad
+              J = \frac{\partial E_q[u]}{\partial \lambda}, \quad
+              H = \frac{\partial^2 \mathcal L}{\partial \lambda\, \partial \lambda^\top}
+
+    at the optimum of the ELBO. Exact for mean field on a Gaussian posterior. The objective is that
+    of the fit's fixed draws, solved to convergence first.
+
+    Args:
+        fit: by the deterministic method, with any guide whose means can move freely.
+        scalars: only these (names of ``fit.joint``), for very many latents; None for all.
+
+    Returns:
+        A :class:`LinearResponse`.
+
+    Raises:
+        NotDeterministicError: the fit is stochastic; fit again with ``method="deterministic"``.
+        ValueError: unknown scalars.
+
+    References:
+        Giordano, Broderick and Jordan, "Covariances, Robustness, and Variational Bayes",
+        JMLR 2018; with fixed draws: Giordano, Ingram and Broderick, JMLR 2024.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, vi_toolkit as vi
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> tril = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+        >>> def model():
+        ...     pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril))
+        >>> fit = vi.fit(model, AutoNormal, {}, progress=False)
+        >>> response = vi.linear_response(fit)
+        >>> response.guide_sd.round(2), response.sd.round(2)
+        (array([0.6, 0.6]), array([1., 1.]))
+    """
+    progress = fit._progress
+    if progress is None or fit.method != "deterministic":
+        raise NotDeterministicError(
+            "Linear response needs the curvature of a converged, deterministic ELBO: fit with "
+            "method='deterministic' on the full data."
+        )
+    joint = fit.joint
+    names = list(joint.names) if scalars is None else list(scalars)
+    unknown = [n for n in names if n not in joint.names]
+    if unknown:
+        raise ValueError(f"no scalar {unknown[0]!r}; the scalars are {', '.join(joint.names[:8])}")
+    rows = [joint.names.index(n) for n in names]
+    with fit._room(seeded_state(fit.seed)):
+        problem = progress.problem
+        dtype = joint.start.dtype
+        z = det.normals(problem, progress.draws, fit.seed, max(progress.rounds - 1, 0), dtype)
+        try:
+            problem, _, _ = det.solve(problem, z)
+            jacobian = problem.mean_jacobian()[rows]
+            zero = torch.zeros(problem.size, dtype=dtype)
+            step = 1e-4 if dtype == torch.float64 else 1e-2
+
+            def curvature(v: torch.Tensor) -> torch.Tensor:
+                """-H v, by central differences of the gradient (whitened: entries of order 1)."""
+                ahead = problem.value_and_gradient(zero + step * v, z)[1]
+                behind = problem.value_and_gradient(zero - step * v, z)[1]
+                return (behind - ahead) / (2 * step)
+
+            if problem.size <= DENSE:
+                solved, optimum = _dense(curvature, jacobian)
+            else:
+                solved, optimum = _conjugate_gradients(curvature, jacobian)
+            covariance = (jacobian @ solved).double().numpy()
+            mean, sd = (m.double().numpy()[rows] for m in problem.moments())
+        finally:
+            fit._write_solution(progress)
+    covariance = (covariance + covariance.T) / 2
+    if not optimum:
+        warnings.warn(
+            "The fit is not at a maximum of the ELBO, so its linear response means nothing.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return LinearResponse(names, mean, covariance, sd, optimum)
+
+
+def _dense(curvature: Any, jacobian: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    identity = torch.eye(jacobian.shape[1], dtype=jacobian.dtype)
+    hessian = torch.stack([curvature(e) for e in identity])
+    hessian = (hessian + hessian.T) / 2
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    if int(info):
+        return torch.linalg.pinv(hessian) @ jacobian.T, False
+    return torch.cholesky_solve(jacobian.T, factor), True
+
+
+def _conjugate_gradients(
+    curvature: Any, jacobian: torch.Tensor, iterations: int = 200, tolerance: float = 1e-4
+) -> tuple[torch.Tensor, bool]:
+    """Solve -H x = J^T column by column; a direction of negative curvature ends it."""
+    columns, optimum = [], True
+    for b in jacobian:
+        x, residual = torch.zeros_like(b), b.clone()
+        direction, size = residual.clone(), float(residual @ residual)
+        first = size
+        for _ in range(iterations):
+            if size <= tolerance**2 * first:
+                break
+            image = curvature(direction)
+            bend = float(direction @ image)
+            if bend <= 0:
+                optimum = False
+                break
+            x = x + size / bend * direction
+            residual = residual - size / bend * image
+            size, previous = float(residual @ residual), size
+            direction = residual + size / previous * direction
+        columns.append(x)
+    return torch.stack(columns, 1), optimum

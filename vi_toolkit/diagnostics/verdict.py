@@ -1,0 +1,271 @@
+"""The ladder of diagnostics and its one verdict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vi_toolkit.comparison import DO_NOT_TRUST, MEANS_ONLY, STANDARD_ERRORS, TRUST
+from vi_toolkit.diagnostics.convergence import Convergence, convergence
+from vi_toolkit.diagnostics.importance import ImportanceMoments, importance_moments
+from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
+from vi_toolkit.diagnostics.psis import ParetoK
+
+if TYPE_CHECKING:
+    from vi_toolkit.plots import Figure
+
+MOST_FOR_COVARIANCE = 400  # latents up to which a proposal with a full covariance is tried
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What :func:`diagnose` found.
+
+    Attributes:
+        verdict: "trust", "trust the means only" or "do not trust".
+        reasons: sentences behind it.
+        next_steps: what to do, the most promising first.
+        convergence: the first rung.
+        pareto_k: of the guide's own weights; None if the ladder ended before.
+        linear_response: of a mean-field guide by the deterministic method, else None.
+        moments: reliable importance moments, or None where no proposal gave any.
+        table: a row per scalar with the guide's mean and sd beside these moments'; None likewise.
+    """
+
+    verdict: str
+    reasons: list[str]
+    next_steps: list[str]
+    convergence: Convergence
+    pareto_k: ParetoK | None = None
+    linear_response: LinearResponse | None = None
+    moments: ImportanceMoments | None = None
+    table: pd.DataFrame | None = None
+
+    def __repr__(self) -> str:
+        lines = [f"Verdict: {self.verdict}."] + [f"- {reason}" for reason in self.reasons]
+        if self.next_steps:
+            lines += ["What to do next:"] + [f"- {step}" for step in self.next_steps]
+        lines += ["Measured:", f"  convergence: {self.convergence.meaning}"]
+        if self.pareto_k is not None:
+            lines.append(f"  guide's weights: {self.pareto_k!r}")
+        if self.moments is not None and self.moments.proposal != "guide":
+            lines.append(f"  {self.moments.proposal}'s weights: {self.moments.pareto_k!r}")
+        if self.linear_response is not None:
+            lines.append(f"  linear response: {self.linear_response.meaning}")
+        if self.moments is not None:
+            m = self.moments
+            lines.append(f"  log evidence: {m.log_evidence:.3f} ± {m.log_evidence_se:.3f} nats")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and sentences as plain Python values, for JSON."""
+        out: dict[str, Any] = {
+            "verdict": self.verdict,
+            "reasons": self.reasons,
+            "next_steps": self.next_steps,
+            "converged": bool(self.convergence.converged),
+            "monte_carlo_error": float(self.convergence.monte_carlo_error),
+        }
+        if self.pareto_k is not None:
+            out["pareto_k"] = {
+                key: getattr(self.pareto_k, key)
+                for key in ("k", "standard_error", "effective_fraction", "sd_log_weight", "draws")
+            }
+        if self.moments is not None:
+            out["log_evidence"] = self.moments.log_evidence
+            out["log_evidence_se"] = self.moments.log_evidence_se
+        if self.table is not None:
+            out["scalars"] = self.table.to_dict("index")
+        return out
+
+    def plot(self) -> Figure:
+        """One page: errors of means and sds per scalar, and the verdict."""
+        from vi_toolkit.plots import plot_diagnosis
+
+        return plot_diagnosis(self)
+
+
+def diagnose(
+    fit: Any,
+    mean_tolerance: float = 0.05,
+    sd_tolerance: float = 0.05,
+    draws: int | None = None,
+    seed: int = 0,
+) -> Diagnosis:
+    """Whether to believe a fit, from the fit, the model and the data alone.
+
+    The ladder, each rung standing on the one before:
+
+    1. Has the optimiser arrived? If not, nothing else matters.
+    2. The guide's own importance weights (Pareto k-hat).
+    3. A second, wider proposal around the guide: a multivariate t whose covariance is the linear
+       response of a mean-field guide, or the guide's own. If the evidence seen from there is
+       larger, the guide leaves out mass.
+    4. Where either proposal's weights are reliable, posterior means and sds by importance sampling,
+       and the guide's beside them, held to the limits of :func:`~vi_toolkit.compare`.
+
+    If no proposal is reliable, nothing confirms the fit, and the verdict is "do not trust" even
+    though it may be right: in many dimensions (some 50 for k-hat of a very good fit) that is what
+    importance sampling can say. No rung sees mass that is far from where the fit looked; the
+    deterministic method's many starts are the guard against that, and ``restarts=`` the other's.
+
+    Args:
+        fit: a :class:`~vi_toolkit.Fit`.
+        mean_tolerance: largest error of a mean, in posterior sds.
+        sd_tolerance: largest relative error of an sd.
+        draws: per set of importance draws; None for as many as is cheap.
+        seed: of the draws.
+
+    Returns:
+        A :class:`Diagnosis`: ``verdict``, ``reasons``, ``next_steps``, a table, ``.plot()``.
+
+    Raises:
+        ValueError: the model has discrete latents, or the fit is a point estimate.
+
+    References:
+        Yao et al., "Yes, but Did It Work?", ICML 2018; Giordano et al., JMLR 2018.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, vi_toolkit as vi
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> tril = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+        >>> def model():
+        ...     pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril))
+        >>> fit = vi.fit(model, AutoNormal, {}, progress=False)
+        >>> vi.diagnose(fit, draws=10_000).verdict
+        'trust the means only'
+    """
+    if fit.family == "point":
+        raise ValueError("a point estimate has no uncertainty to diagnose: fit another guide")
+    arrived = convergence(fit)
+    if not arrived.converged:
+        step = (
+            "fit.extend() solves again with more draws"
+            if fit.method == "deterministic"
+            else "fit.extend(steps) goes on; a smaller first step or a simpler guide may be needed"
+        )
+        reasons = ["The fit has not converged.", arrived.meaning]
+        return Diagnosis(DO_NOT_TRUST, reasons, [step], arrived)
+
+    own = importance_moments(fit, draws=draws, seed=seed)
+    response = None
+    if fit.family == "mean-field" and fit.method == "deterministic":
+        response = linear_response(fit)
+    wide = None
+    if fit.joint.dim <= MOST_FOR_COVARIANCE:
+        covariance = _covariance(fit, response)
+        if covariance is not None:
+            wide = importance_moments(fit, covariance, draws=draws, seed=seed)
+    reliable = [m for m in (wide, own) if m is not None and m.pareto_k.reliable]
+    reasons, next_steps = [], []
+    if not reliable:
+        reasons.append(
+            f"Nothing confirms it: k-hat is {own.pareto_k.k:.2f} for the guide"
+            + (f" and {wide.pareto_k.k:.2f} for a wider proposal" if wide else "")
+            + ", where 0.7 is the most that can be used."
+        )
+        next_steps = _unconfirmed(fit, response)
+        return Diagnosis(
+            DO_NOT_TRUST, reasons, next_steps, arrived, own.pareto_k, response, None, None
+        )
+    moments = reliable[0]
+    table = _table(fit, moments, mean_tolerance, sd_tolerance)
+    errors = table["mean error"]
+    ratios = table["sd ratio"]
+    means_right, sds_right = bool(table["mean ok"].all()), bool(table["sd ok"].all())
+    worst = errors.abs().idxmax()
+    off = int((~table["mean ok"]).sum())
+    reasons.append(
+        f"Every mean agrees with importance sampling: the largest error is "
+        f"{errors[worst]:+.3f} sd ({worst})."
+        if means_right
+        else f"{off} of {len(table)} means are off, {worst} by {errors[worst]:+.3f} sd."
+    )
+    narrow = (ratios.map(math.log)).abs().idxmax()
+    reasons.append(
+        f"Every sd agrees: the ratio furthest from 1 is {ratios[narrow]:.3f} ({narrow})."
+        if sds_right
+        else f"{int((~table['sd ok']).sum())} of {len(table)} sds are off: that of {narrow} is "
+        f"{ratios[narrow]:.3f} of what it should be."
+    )
+    verdict = TRUST if means_right and sds_right else MEANS_ONLY if means_right else DO_NOT_TRUST
+    if verdict != TRUST:
+        next_steps = _corrections(fit, response, moments)
+    return Diagnosis(verdict, reasons, next_steps, arrived, own.pareto_k, response, moments, table)
+
+
+def _covariance(fit: Any, response: LinearResponse | None) -> np.ndarray | None:
+    if response is not None and response.optimum:
+        covariance = response.covariance
+    else:
+        u = fit.joint.flatten(fit.sample(50_000, seed=1)).double().numpy()
+        covariance = np.cov(u.T).reshape(u.shape[1], u.shape[1])
+    try:
+        np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return None
+    return covariance
+
+
+def _table(fit: Any, moments: ImportanceMoments, mean_limit: float, sd_limit: float) -> Any:
+    u = fit.joint.flatten(fit.sample(100_000, seed=2)).double()
+    mean, sd = u.mean(0).numpy(), u.std(0).numpy()
+    error = (mean - moments.mean) / moments.sd
+    error_se = moments.mean_se / moments.sd
+    ratio, ratio_se = sd / moments.sd, moments.sd_se / moments.sd
+    return pd.DataFrame(
+        {
+            "posterior mean": moments.mean,
+            "posterior sd": moments.sd,
+            "VI mean": mean,
+            "VI sd": sd,
+            "mean error": error,
+            "mean error se": error_se,
+            "sd ratio": ratio,
+            "sd ratio se": ratio_se,
+            "mean ok": np.abs(error) <= np.maximum(mean_limit, STANDARD_ERRORS * error_se),
+            "sd ok": np.abs(np.log(ratio))
+            <= np.maximum(math.log1p(sd_limit), STANDARD_ERRORS * ratio_se),
+        },
+        index=pd.Index(moments.names, name="scalar"),
+    )
+
+
+def _unconfirmed(fit: Any, response: LinearResponse | None) -> list[str]:
+    steps = []
+    if fit.family == "mean-field":
+        steps.append("Fit AutoMultivariateNormal, whose weights are less extreme, and diagnose it.")
+        if response is not None and response.optimum:
+            low = float((response.guide_sd / response.sd).min())
+            steps.append(
+                f"If you need no more than means, note that linear response finds the narrowest sd "
+                f"{low:.2f} of what it should be."
+            )
+    steps.append(
+        "Write hierarchical scales non-centred (z ~ Normal(0, 1), theta = mu + tau z): a funnel is "
+        "the usual reason."
+    )
+    steps.append("Run NUTS (vi.Reference.nuts) and compare, if the answer matters.")
+    return steps
+
+
+def _corrections(
+    fit: Any, response: LinearResponse | None, moments: ImportanceMoments
+) -> list[str]:
+    steps = []
+    if response is not None and response.optimum:
+        ratio = response.sd / moments.sd
+        steps.append(
+            f"Take the sds of vi.linear_response(fit): they are {ratio.min():.2f} to "
+            f"{ratio.max():.2f} of the posterior's, the guide's "
+            f"{(response.guide_sd / moments.sd).min():.2f} to "
+            f"{(response.guide_sd / moments.sd).max():.2f}."
+        )
+    steps.append("Take posterior moments from this diagnosis: .moments.mean and .moments.sd.")
+    if fit.family == "mean-field":
+        steps.append("Fit AutoMultivariateNormal.")
+    return steps
