@@ -61,12 +61,15 @@ def to_arviz(
             name: site["value"]
             for name, site in observed_sites(prototype(fit.model, fit.data)).items()
         }
-    predicted = fit.predict(draws=posterior, seed=seed)
+    # Without observed sites there is nothing to predict or to score: only the posterior.
+    predicted = fit.predict(draws=posterior, seed=seed) if observed else {}
+    whole = observed and not fit.summed_out()  # else there is no density of a datum by itself
+    log_likelihood = fit.log_likelihood(draws=posterior) if whole else {}
     groups = {
         # predict returns deterministic sites too; they are functions of the posterior draws.
         "posterior": posterior | {k: v for k, v in predicted.items() if k not in observed},
         "posterior_predictive": {k: v for k, v in predicted.items() if k in observed},
-        "log_likelihood": fit.log_likelihood(draws=posterior),
+        "log_likelihood": log_likelihood,
         "observed_data": observed,
     }
     arrays = {

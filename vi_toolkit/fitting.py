@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import platform
 import time
 import warnings
@@ -20,7 +21,9 @@ from pyro.infer.autoguide import (
     AutoGuide,
     AutoLaplaceApproximation,
 )
+from pyro.optim import PyroOptim
 from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from vi_toolkit import deterministic as det
@@ -38,9 +41,10 @@ from vi_toolkit.joint import Joint, indices, latent_sites, observed_sites, proto
 from vi_toolkit.modes import find_modes
 from vi_toolkit.noise import FunctionalNoise, UnsupportedNoise
 from vi_toolkit.preflight import preflight
+from vi_toolkit.preflight.data import check_arguments, check_data
 from vi_toolkit.scope import borrowed_globals, seeded_state
 from vi_toolkit.stochastic import Stochastic, first_non_finite
-from vi_toolkit.subsampling import PlatePlan, SubsamplePlates
+from vi_toolkit.subsampling import PlatePlan
 from vi_toolkit.vectorise import Batched
 
 Model = Callable[..., Any]
@@ -125,10 +129,16 @@ def fit(
     """
     if method not in ("auto", "deterministic", "stochastic"):
         raise ValueError(f"method must be 'auto', 'deterministic' or 'stochastic', not {method!r}")
-    for name, value in (("steps", steps), ("restarts", restarts)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive whole number, not {value!r}")
-    if subsample is not None and len(subsample) != 1:
+    steps, restarts = _whole("steps", steps, 1), _whole("restarts", restarts, 1) or 1
+    seed = _whole("seed", seed, 0) or 0
+    if isinstance(estimator, type):
+        raise TypeError(f"estimator is a class: write {estimator.__name__}()")
+    if isinstance(optimizer, PyroOptim):
+        raise TypeError(
+            "optimizer is one of pyro.optim, which keeps parameters to itself: give the first step "
+            "size of Adam, or lambda params: torch.optim.Adam(params, lr=0.01)"
+        )
+    if subsample is not None and (not isinstance(subsample, Mapping) or len(subsample) != 1):
         raise ValueError("subsample takes one plate: {'name of the plate': minibatch size}")
 
     began = time.monotonic()
@@ -144,6 +154,11 @@ def fit(
         )
 
     result = Fit(model, guide, data, dtype, seed, progress)
+    if not result._values:
+        raise PreflightError(
+            "Neither guide nor model has a parameter, so there is nothing to fit.",
+            remedy='Give the guide\'s distributions parameters: loc = pyro.param("loc", ...).',
+        )
     asked = {
         "steps": steps is not None,
         "subsample": subsample is not None,
@@ -183,7 +198,7 @@ def fit(
     else:
         result._run_stochastic(estimator, optimizer, steps, subsample, stop, average, restarts)
     result.seconds = time.monotonic() - began
-    if not result.converged and not result.interrupted and steps is None:
+    if result.interrupted or (not result.converged and steps is None):
         warnings.warn(result.convergence, ConvergenceWarning, stacklevel=2)
     return result
 
@@ -342,6 +357,9 @@ class Fit:
         return None
 
     def _obstacle(self, limits: bool) -> str | None:
+        for name, site in self._model_trace.nodes.items():
+            if site["type"] == "param":
+                return f"the model has a parameter of its own ({name!r})"
         for name, site in self._guide_trace.nodes.items():
             if not reparameterised(site):
                 return f"the guide's site {name!r} cannot be reparameterised"
@@ -407,6 +425,8 @@ class Fit:
                 )
                 self._keep()
         except KeyboardInterrupt:
+            if self._progress is None:
+                raise  # still looking for modes: there is nothing to return
             self.interrupted = True
         finally:
             bar.close()
@@ -571,7 +591,8 @@ class Fit:
                         ).get_trace(**data)
                         model_trace.compute_log_prob()
                         trace.compute_log_prob()
-                    self._check_subsample(plan, model_trace, handler)
+                    self._check_subsample(plan, model_trace)
+                    self._check_minibatch_densities(plan, probe)
                 return plan
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 failures.append(f"{type(error).__name__}: {error}".split("\n")[0].rstrip("."))
@@ -583,7 +604,7 @@ class Fit:
             "parameters in model and guide.",
         )
 
-    def _check_subsample(self, plan: PlatePlan, trace: Any, handler: SubsamplePlates) -> None:
+    def _check_subsample(self, plan: PlatePlan, trace: Any) -> None:
         """Every site in the plate must have batch entries, scaled by N/B."""
         for site in trace.nodes.values():
             frames = [f for f in site.get("cond_indep_stack", ()) if f.name == plan.name]
@@ -594,10 +615,49 @@ class Fit:
                 raise ValueError(
                     f"site {site['name']!r} is scaled by {float(site['scale'])}, not {expected}"
                 )
-            shape = site["fn"].batch_shape
             dim = frames[0].dim
-            if len(shape) < -dim or shape[dim] not in (1, plan.batch):
-                raise ValueError(f"site {site['name']!r} has batch shape {tuple(shape)}")
+            for shape in (site["fn"].batch_shape, site["log_prob"].shape):
+                if len(shape) < -dim or shape[dim] not in (1, plan.batch):
+                    raise ValueError(f"site {site['name']!r} has batch shape {tuple(shape)}")
+
+    def _check_minibatch_densities(self, plan: PlatePlan, rows: torch.Tensor) -> None:
+        """What a datum adds to the log density must not depend on which others are there."""
+
+        def scored(data: Mapping[str, Any], values: Draws, handler: Any) -> Any:
+            conditioned = poutine.condition(self.model, data=values)
+            with self._room(seeded_state(self.seed)), torch.no_grad(), handler:
+                trace: Any = poutine.trace(conditioned).get_trace(**data)
+                trace.compute_log_prob()
+            return trace
+
+        whole: Draws = {}
+        part: Draws = {}
+        for name in self._latents():
+            site: Any = self._model_trace.nodes[name]
+            whole[name] = part[name] = site["value"]
+            for frame in site["cond_indep_stack"]:
+                dim = frame.dim - site["fn"].event_dim if frame.dim is not None else 0
+                if frame.name == plan.name and site["value"].shape[dim] == plan.size:
+                    part[name] = site["value"].index_select(dim, rows)
+        if self.summed_out():
+            return  # summed out: the next run would draw others
+        data, handler = plan.apply(self._data, rows)
+        cut = scored(data, part, handler)
+        full = scored(self._data, whole, contextlib.nullcontext())
+        for name, site in cut.nodes.items():
+            frames = [f for f in site.get("cond_indep_stack", ()) if f.name == plan.name]
+            if site["type"] != "sample" or not frames or frames[0].dim is None:
+                continue
+            there = full.nodes[name]["unscaled_log_prob"]
+            if there.dim() < -frames[0].dim or there.shape[frames[0].dim] != plan.size:
+                continue
+            here, there = site["unscaled_log_prob"], there.index_select(frames[0].dim, rows)
+            if not torch.allclose(here, there, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    f"site {name!r} has another density in a minibatch than in the full data: the "
+                    "model computes something from all rows (a mean, say), which a minibatch "
+                    "changes"
+                )
 
     def _advance(
         self,
@@ -735,8 +795,8 @@ class Fit:
         Returns:
             Latent site -> tensor of shape (n, *site shape), on the model's scale.
         """
-        _positive(n)
-        names = list(latent_sites(self._model_trace))
+        n = _whole("the number of draws", n, 1) or 1
+        names = self._latents()
 
         def one(_: torch.Tensor) -> Draws:
             with FunctionalNoise():
@@ -746,6 +806,35 @@ class Fit:
         with self._room(seeded_state(self._seed(seed, 1))), torch.no_grad():
             draws = Batched(one, self._chunk(), random=True)(torch.zeros(n))
         return {k: self._out(v) for k, v in draws.items()}
+
+    def _latents(self) -> list[str]:
+        """Latents that the guide draws: all but those that the estimator sums out."""
+        return [n for n in latent_sites(self._model_trace) if n in self._guide_trace.nodes]
+
+    def summed_out(self) -> list[str]:
+        """Latents without draws, because the estimator sums over them (enumeration)."""
+        return [n for n in latent_sites(self._model_trace) if n not in self._guide_trace.nodes]
+
+    def _needs_the_guide(self, what: str) -> None:
+        if self.summed_out():
+            raise ValueError(
+                f"{what} needs a density of {self.summed_out()[0]!r}, which was summed out and "
+                "which the guide does not draw. Give the guide a site for it, or write the sum "
+                "into the model's likelihood."
+            )
+
+    def _needs_whole_plates(self) -> None:
+        """A plate with a subsample_size of its own holds other rows on every run."""
+        nodes: Any = self._model_trace.nodes
+        for name, site in nodes.items():
+            size = site["fn"].size if site_is_subsample(site) else 0
+            if size and len(site["value"]) < size:
+                raise ValueError(
+                    f"The plate {name!r} holds {len(site['value'])} of its {size} rows, others on "
+                    "every run, because the model gives it a subsample_size. Leave that out and "
+                    f"fit with subsample={{{name!r}: {len(site['value'])}}}: the fit then knows "
+                    "the rows, and uses all of them afterwards."
+                )
 
     def _seed(self, seed: int | None, purpose: int) -> int:
         entropy = [self.seed if seed is None else seed, purpose]
@@ -770,8 +859,15 @@ class Fit:
         Returns:
             Observed and deterministic site -> tensor of shape (n, *site shape).
         """
+        if isinstance(n, Mapping):
+            raise TypeError("the first argument is the number of draws: write predict(data=...)")
         draws = self.sample(n, seed) if draws is None else draws
-        inputs = self._data if data is None else _cast(data, self._dtype)
+        inputs = self._data
+        if data is not None:
+            check_data(data)
+            check_arguments("model", self.model, data)
+            inputs = _cast(data, self._dtype)
+        self._needs_whole_plates()
         latent = set(latent_sites(self._model_trace))
 
         def one(draw: Draws) -> Draws:
@@ -786,7 +882,34 @@ class Fit:
                 and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
             }
 
-        return self._over_draws(one, draws, random=True, seed=self._seed(seed, 2))
+        try:
+            out = self._over_draws(one, draws, random=True, seed=self._seed(seed, 2))
+        except (TypeError, KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
+            if data is None:
+                raise
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise PreflightError(
+                f"The model does not run on the new data: {reason}",
+                remedy="It is called as model(**data), with the posterior's draws for its latents: "
+                f"give what the fit was given ({', '.join(self.data)}), with as many columns and "
+                "no group that the fit has not seen; leave out or set to None what is observed.",
+            ) from error
+        if not out:
+            raise ValueError(self._nothing_observed())
+        return out
+
+    def _nothing_observed(self) -> str:
+        factors = [
+            name
+            for name, site in self._model_trace.nodes.items()
+            if site["type"] == "sample" and type(site["fn"]).__name__ == "Unit"
+        ]
+        through = f" Its likelihood is the factor {factors[0]!r}." if factors else ""
+        return (
+            "The model observes no site, so there is nothing to predict or to score."
+            + through
+            + " Write the likelihood as a distribution: pyro.sample(..., obs=y)."
+        )
 
     def log_likelihood(self, draws: Draws | None = None, n: int = 1000) -> Draws:
         """Pointwise log likelihood at posterior draws.
@@ -798,8 +921,12 @@ class Fit:
         Returns:
             Observed site -> tensor of shape (draws, *batch shape), in nats.
         """
+        self._needs_the_guide("The log likelihood")
+        self._needs_whole_plates()
         draws = self.sample(n) if draws is None else draws
         names = list(observed_sites(self._model_trace))
+        if not names:
+            raise ValueError(self._nothing_observed())
 
         def one(draw: Draws) -> Draws:
             conditioned = poutine.condition(self.model, data=draw)
@@ -830,7 +957,14 @@ class Fit:
         Returns:
             (mean, standard error), in nats.
         """
-        values = self.log_weights(n, seed).double()
+        if self.summed_out() and self._stochastic:
+            # The latents that the estimator sums out have no draws to weigh.
+            estimator = self._stochastic.estimator
+            with self._room(seeded_state(self._seed(seed, 3))), torch.no_grad():
+                losses = [estimator.loss(self.model, self.guide, **self._data) for _ in range(n)]
+            values = -torch.tensor(losses, dtype=torch.float64)
+        else:
+            values = self.log_weights(n, seed).double()
         return float(values.mean()), float(values.std() / math.sqrt(n))
 
     def log_weights(self, n: int = 1000, seed: int | None = None) -> torch.Tensor:
@@ -844,8 +978,10 @@ class Fit:
             (draws, log p(x, z) - log q(z)): the weights turn averages over the guide into averages
             over the posterior, as far as :func:`~vi_toolkit.psis` says that they can.
         """
-        _positive(n, 2)
-        names = list(latent_sites(self._model_trace))
+        n = _whole("the number of draws", n, 2) or 2
+        self._needs_the_guide("An importance weight")
+        self._needs_whole_plates()
+        names = self._latents()
 
         def one(_: torch.Tensor) -> tuple[Draws, torch.Tensor]:
             with FunctionalNoise():
@@ -935,11 +1071,17 @@ def _cast(data: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _positive(n: int, least: int = 1) -> None:
-    if not isinstance(n, int) or n < least:
-        raise ValueError(
-            f"the number of draws must be a whole number of at least {least}, not {n!r}"
-        )
+def _whole(name: str, value: Any, least: int) -> int | None:
+    """A whole number of any integer type, at least ``least``; None stays None."""
+    if value is None:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return number
 
 
 def _own_version() -> str:

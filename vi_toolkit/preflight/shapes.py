@@ -33,6 +33,7 @@ def check_broadcast(model: Run) -> None:
         if "log_prob" not in site or isinstance(site["fn"], dist.Unit):
             continue
         fn, shape = site["fn"], tuple(site["value"].shape)
+        _check_observation(name, site)
         batch = (1,) * 20 + shape[: len(shape) - fn.event_dim]
         for dim, size in _undeclared(site, site["log_prob"].shape).items():
             if batch[dim] == 1 and max(batch) > 1:
@@ -44,6 +45,30 @@ def check_broadcast(model: Run) -> None:
                     "Give the distribution's parameters the observation's shape, e.g. "
                     "mean.squeeze(-1).",
                 )
+
+
+def _check_observation(name: str, site: dict[str, Any]) -> None:
+    """An observation of shape (n, 1) or (1,) where the plate holds n is repeated n times."""
+    fn, value = site["fn"], site["value"]
+    observed = tuple(value.shape[: value.dim() - fn.event_dim])
+    expected = tuple(fn.batch_shape)
+    plates = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+    if not observed or not plates:
+        return
+    for dim, frame in plates.items():
+        have = observed[dim] if len(observed) >= -dim else None
+        want = expected[dim] if len(expected) >= -dim else 1
+        if (have == 1 and want > 1) or (have is not None and have > 1 and want == 1):
+            column = len(observed) > len(expected) and have == 1 and observed[0] == want
+            raise PreflightError(
+                f"Observed site '{name}' has a value of shape {tuple(value.shape)}, but "
+                f"plate '{frame.name}' holds {want} of them: broadcasting would count "
+                f"{max(observed) * want if column else max(have, want)} terms.",
+                name,
+                f"Pass {name}.squeeze(-1) (one entry per row)."
+                if column
+                else f"Give it {want} rows along dimension {dim}.",
+            )
 
 
 def check_enumerable(model: Run) -> None:
