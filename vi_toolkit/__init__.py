@@ -5,6 +5,8 @@
 
 from vi_toolkit.comparison import Comparison, compare
 from vi_toolkit.errors import (
+    CompileError,
+    CompileWarning,
     ConvergenceWarning,
     LoadError,
     NonFiniteError,
@@ -20,6 +22,8 @@ from vi_toolkit.storage import load
 
 __all__ = [
     "Comparison",
+    "CompileError",
+    "CompileWarning",
     "ConvergenceWarning",
     "Fit",
     "LoadError",

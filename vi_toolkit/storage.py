@@ -170,6 +170,7 @@ def _state(fit: Fit) -> dict[str, Any] | None:
             ),
             "subsample": fit._subsample,
             "average": fit._average,
+            "compile": fit._compile,
         }
     progress = fit._progress
     if progress is None:
@@ -204,6 +205,7 @@ def _restore(
     if state["kind"] == "stochastic":
         if estimator is None and state["particles"] is not None:
             estimator = Reparam(state["particles"])
+        fit._compile = state.get("compile", "auto")
         known = state["rate"] if state["rate"] is not None else optimizer
         fit._prepare_stochastic(estimator, known, state["average"], state["subsample"])
         fit._start_stochastic(fit.seed)

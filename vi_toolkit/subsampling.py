@@ -44,6 +44,24 @@ class Minibatches:
         self.position += self.batch
         return indices
 
+    def several(self, most: int) -> torch.Tensor:
+        """The next minibatches as far as they are of one size: shape (at most ``most``, size)."""
+        parts: list[torch.Tensor] = []
+        missing = most
+        while missing:
+            if self.position >= len(self.order):
+                self.order = torch.randperm(self.size, generator=self.generator)
+                self.position = 0
+            left = len(self.order) - self.position
+            length = min(self.batch, left)
+            if parts and parts[0].shape[1] != length:
+                break
+            count = min(missing, left // length)
+            parts.append(self.order[self.position :][: count * length].view(count, length))
+            self.position += count * length
+            missing -= count
+        return torch.cat(parts)
+
     def state(self) -> dict[str, Any]:
         return {
             "order": self.order,

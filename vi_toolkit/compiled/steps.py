@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from vi_toolkit.errors import CompileError
 from vi_toolkit.subsampling import PlatePlan
 
 MOST_STEPS_PER_CALL = 256
+# How far a compiled and an eager step may differ: rounding is far below, another model far above.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 class CompiledSteps:
@@ -59,18 +62,21 @@ class CompiledSteps:
             self.loops[batch] = found = Loop(self, batch)
         return found
 
-    def take(self, steps: int, rows: torch.Tensor | None = None) -> Block:
+    def take(
+        self, steps: int, rows: torch.Tensor | None = None, total: torch.Tensor | None = None
+    ) -> Block:
         """Take up to ``steps`` steps.
 
         Args:
             steps: at most :data:`MOST_STEPS_PER_CALL`.
             rows: minibatch indices, shape (steps, batch); None without minibatches.
+            total: what the sum of the iterates starts from, flat; zero if None.
 
         Returns:
             :class:`Block`; it is shorter than asked for if a step was not finite. Such a step is
             not taken: the state is the last good one.
         """
-        return self.loop(None if rows is None else rows.shape[1]).run(steps, rows)
+        return self.loop(None if rows is None else rows.shape[1]).run(steps, rows, total)
 
     def loss(self, *rows: torch.Tensor) -> torch.Tensor:
         data, handler = (
@@ -82,11 +88,12 @@ class CompiledSteps:
             return self.estimator.differentiable_loss(self.model, self.guide, **data)
 
 
+@dataclass
 class Block:
     """What a call brought: the ELBO of each step and the sum of the iterates, flat."""
 
-    def __init__(self, elbo: list[float], total: torch.Tensor):
-        self.elbo, self.total = elbo, total
+    elbo: list[float]
+    total: torch.Tensor
 
 
 class Loop:
@@ -185,7 +192,7 @@ class Loop:
             else torch.zeros(MOST_STEPS_PER_CALL, batch, dtype=torch.long)
         )
         self.n = torch.zeros((), dtype=torch.long)
-        carried, fixed = self._carried(), self._fixed()
+        carried, fixed = self.carried(), self._fixed()
         each = functional(
             body,
             [torch.zeros((), dtype=torch.long), *carried, *fixed, *self.constants],
@@ -199,30 +206,46 @@ class Loop:
 
     # ------------------------------------------------------------- one call
 
-    def run(self, steps: int, rows: torch.Tensor | None) -> Block:
+    def run(self, steps: int, rows: torch.Tensor | None, total: torch.Tensor | None) -> Block:
+        """See :meth:`CompiledSteps.take`."""
+        with torch.no_grad():
+            if total is None:
+                total = torch.zeros(sum(p.numel() for p in self.leaves), dtype=self.table.dtype)
+            pieces = total.split([p.numel() for p in self.leaves])
+            totals = [torch.cat([pieces[k] for k in m]) for m in self.members]
+        with without_interrupt():
+            before = torch.get_rng_state()
+            done, out = self.compute(steps, rows, totals)
+            if 0 < done < steps:  # once more, up to the step that is not finite
+                torch.set_rng_state(before)
+                done, out = self.compute(done, rows, totals)
+            if done == 0:
+                torch.set_rng_state(before)
+                return Block([], total)
+            return self._commit(done, out, pieces)
+
+    def compute(
+        self, steps: int, rows: torch.Tensor | None, totals: list[torch.Tensor] | None = None
+    ) -> tuple[int, list[torch.Tensor]]:
+        """The state after ``steps`` steps, without taking them.
+
+        Returns:
+            Number of steps until one was not finite, and the state in the order of
+            :meth:`carried`.
+        """
         self._refresh()
         if self.rows is not None:
             assert rows is not None
-            self.rows[:steps] = rows
+            self.rows[:steps] = rows[:steps]
         self._fill_table(steps)
-        with without_interrupt():
-            before = torch.get_rng_state()
-            done, out = self._call(steps)
-            if done < steps:  # once more, up to the step that is not finite
-                torch.set_rng_state(before)
-                done, out = self._call(done) if done else (0, None)
-            if out is None:
-                return Block([], torch.zeros(sum(p.numel() for p in self.leaves)))
-            return self._commit(done, out)
-
-    def _call(self, steps: int) -> tuple[int, list[torch.Tensor]]:
         self.n.fill_(steps)
         with torch.no_grad():
-            i, *out = self.program([*self._carried(), *self._fixed(), *self.invariants])
+            i, *out = self.program([*self.carried(totals), *self._fixed(), *self.invariants])
         done = int(i)
         return (done if done <= steps else done - (MOST_STEPS_PER_CALL + 1)), out
 
-    def _carried(self) -> list[torch.Tensor]:
+    def carried(self, totals: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Parameters, optimiser slots and sums by group, the ELBO's history, buffers."""
         leaves, state = self.leaves, self.optimizer.state
         with torch.no_grad():
             theta = [torch.cat([leaves[k].reshape(-1) for k in m]) for m in self.members]
@@ -231,7 +254,8 @@ class Loop:
                 for rule, members in zip(self.rules, self.members, strict=True)
                 for slot in rule.slots
             ]
-        return [*theta, *slots, *map(torch.zeros_like, theta), self.elbo, *self.buffers]
+        sums = totals or [torch.zeros_like(t) for t in theta]
+        return [*theta, *slots, *sums, self.elbo, *self.buffers]
 
     def _fixed(self) -> list[torch.Tensor]:
         return [self.n, self.table, *([self.rows] if self.rows is not None else [])]
@@ -252,7 +276,9 @@ class Loop:
             dtype=torch.float64,
         )
 
-    def _commit(self, done: int, out: list[torch.Tensor]) -> Block:
+    def _commit(
+        self, done: int, out: list[torch.Tensor], before: Sequence[torch.Tensor]
+    ) -> Block:
         """Write what a call returned to where eager steps keep it."""
         state, leaves = self.optimizer.state, self.leaves
         given = iter(out)
@@ -283,20 +309,46 @@ class Loop:
             torch._foreach_copy_(into, values)
             if counters:
                 torch._foreach_add_(counters, float(done))
-            pieces = [done * p.detach().reshape(-1) for p in leaves] if self._partial() else []
-            if not pieces:
+            if self.members == [list(range(len(leaves)))]:
                 return Block(elbo, totals[0])
+            sums = [b + done * p.reshape(-1) for b, p in zip(before, leaves, strict=True)]
             for members, total in zip(self.members, totals, strict=True):
-                for k, piece in zip(
-                    members, total.split([leaves[k].numel() for k in members]), strict=True
-                ):
-                    pieces[k] = piece
-        return Block(elbo, torch.cat(pieces))
-
-    def _partial(self) -> bool:
-        return self.members != [list(range(len(self.leaves)))]
+                pieces = total.split([leaves[k].numel() for k in members])
+                for k, piece in zip(members, pieces, strict=True):
+                    sums[k] = piece
+            return Block(elbo, torch.cat(sums))
 
     # ------------------------------------------------------------- staying true
+
+    def agree(
+        self,
+        old: list[torch.Tensor],
+        eager: list[torch.Tensor],
+        compiled: list[torch.Tensor],
+        elbo: float,
+    ) -> bool:
+        """Whether one step led to the same state both ways, up to rounding.
+
+        Compared are the ELBO and the optimiser's slots, which are averages of the gradient (the
+        parameters themselves where there are none): Adam's first moves have the gradient's sign,
+        however small it is, and would magnify rounding.
+        """
+        tolerance = TOLERANCE.get(self.table.dtype, 1e-2)
+        many = len(self.rules)
+        slots = sum(len(rule.slots) for rule in self.rules)
+        sums = slice(many + slots, 2 * many + slots)
+        mine = float(compiled[sums.stop][0])
+        if not abs(mine - elbo) <= tolerance * max(1.0, abs(elbo)):
+            return False
+        compare = [k for k in range(len(old)) if many <= k < many + slots or k > sums.stop]
+        if not slots:
+            compare += range(many)
+        for k in compare:
+            a, b, c = (x[k].double() for x in (old, eager, compiled))
+            scale = (b - a).norm() + b.norm() * tolerance
+            if not (c - b).norm() <= 10 * tolerance * scale + 1e-30:
+                return False
+        return True
 
     def _refresh(self) -> None:
         """Compute again what was taken out of the loop, if a tensor it comes from has changed."""

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 _LIBRARIES = {"torch", "pyro", "numpy", "scipy", "pandas", "vi_toolkit", "opt_einsum"}
-_EFFECTS = {"print", "input", "open", "next", "exec", "eval"}
+_EFFECTS = {"print", "input", "open"}
 _EFFECT_MODULES = {"time", "random", "logging", "numpy.random", "secrets", "datetime"}
 _MOST_VALUES = 5_000
 
@@ -129,8 +129,9 @@ class PythonState:
                 self._found[name] = type(value), frozenset(map(_simple, value))
         elif isinstance(value, dict):
             self._found[name] = type(value), len(value)
-            for key, item in list(value.items()):
-                self._value(f"{name}[{key!r}]" if isinstance(key, (str, int)) else f"{name}[?]", item)
+            for k, (key, item) in enumerate(list(value.items())):
+                shown = repr(key) if isinstance(key, (str, int)) else f"#{k}"
+                self._value(f"{name}[{shown}]", item)
         elif isinstance(value, types.FunctionType):
             self._function(name, value)
         elif isinstance(value, types.MethodType):
@@ -186,7 +187,7 @@ class PythonState:
             if used not in function.__globals__:
                 continue
             item = function.__globals__[used]
-            shown = used if used not in self._found else f"{function.__module__}.{used}"
+            shown = f"{function.__module__}.{used}"
             if isinstance(item, (types.ModuleType, type)):
                 self._found[f"{shown} itself"] = id(item)
                 owner = item.__name__ if isinstance(item, types.ModuleType) else item.__module__
