@@ -44,6 +44,16 @@ class Minibatches:
         self.position += self.batch
         return indices
 
+    @property
+    def per_epoch(self) -> int:
+        """Minibatches per epoch."""
+        return -(-self.size // self.batch)
+
+    def ragged_next(self) -> bool:
+        """Whether the next minibatch is shorter than the others."""
+        left = len(self.order) - self.position
+        return 0 < left < self.batch < self.size
+
     def several(self, most: int) -> torch.Tensor:
         """The next minibatches as far as they are of one size: shape (at most ``most``, size)."""
         parts: list[torch.Tensor] = []

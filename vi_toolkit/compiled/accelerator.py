@@ -46,6 +46,7 @@ class Accelerator:
     def __init__(self, fit: Stochastic, mode: str | bool):
         self.fit, self.mode = fit, mode
         self.wanted, self.active, self.reason = False, False, ""
+        self.ragged_pays = False
         self.steps: CompiledSteps | None = None
         self.state: PythonState | None = None
         self.recompiled = 0
@@ -56,7 +57,13 @@ class Accelerator:
 
     def begin(self, steps: int | None) -> None:
         """At the start of a run of ``steps`` steps, or of an open end."""
-        long = steps is None or steps >= LONG_RUN
+        from vi_toolkit.stochastic import MOST_STEPS
+
+        horizon = MOST_STEPS if steps is None else steps
+        long = horizon >= LONG_RUN
+        batches = self.fit.batches
+        # The short last minibatch of each epoch is another program, which must pay for itself.
+        self.ragged_pays = batches is None or horizon // batches.per_epoch >= LONG_RUN
         self.wanted = self.mode is True or (self.mode == "auto" and long)
         self.look_around()
 
@@ -77,11 +84,13 @@ class Accelerator:
         self.active = False
         if not self.wanted or self.reason:
             return [fit.one_step()]
+        if self.state is None:
+            keep = fit.step == 0
+            elbo, problem = self._watched_step(keep)
+            if problem:
+                self._give_up(CompileError(problem))
+            return [elbo] if keep else []
         try:
-            if self.state is None:
-                elbo = self._watched_step(keep=fit.step == 0)
-                if elbo is not None:
-                    return [elbo]
             return self._block(most)
         except CompileError as error:
             self._give_up(error)
@@ -108,8 +117,8 @@ class Accelerator:
             stacklevel=2,
         )
 
-    def _watched_step(self, keep: bool) -> float | None:
-        """One eager step that shows whether the model only computes."""
+    def _watched_step(self, keep: bool) -> tuple[float, str | None]:
+        """One eager step, and what it shows the model to do besides computing."""
         fit = self.fit
         # The estimator may settle what it works out once (plate nesting) in its first step.
         parts = (fit.model, fit.guide) if keep else (fit.model, fit.guide, fit.estimator)
@@ -122,15 +131,11 @@ class Accelerator:
             watch.undo()
             self._return(place)
         self.state = PythonState(fit.model, fit.guide, fit.estimator)
-        if found or changed:
-            self._give_up(
-                CompileError(
-                    f"the model or guide calls {found[0]}(), which a compiled step would not repeat"
-                    if found
-                    else f"{changed} changes when the model or guide runs"
-                )
+        if found:
+            return elbo, (
+                f"the model or guide calls {found[0]}(), which a compiled step would not repeat"
             )
-        return elbo if keep else None
+        return elbo, f"{changed} changes when the model or guide runs" if changed else None
 
     def _block(self, most: int) -> list[float]:
         fit = self.fit
@@ -144,6 +149,8 @@ class Accelerator:
                 fit.plan,
                 fit.leaves,
             )
+        if fit.batches and fit.batches.ragged_next() and not self.ragged_pays:
+            return [fit.one_step()]
         fit.check_parameters()
         steps = min(most, MOST_STEPS_PER_CALL)
         if self.per_step:

@@ -73,7 +73,8 @@ class PythonState:
     """The Python values that functions can see: globals, closures, attributes, containers.
 
     Tensors count as the objects they are (their values are inputs of a compiled step); numbers,
-    text and small arrays by value; all else by identity.
+    text and small arrays by value; all else by identity, except for what a library keeps in its
+    own objects and may make anew at each call (the plates of an autoguide).
 
     Args:
         roots: model, guide and the like.
@@ -95,12 +96,12 @@ class PythonState:
         self._found: dict[str, Any] = {}
         self._seen: set[int] = set()
         self._keep: list[Any] = []  # an id stands for an object only as long as it lives
-        for k, root in enumerate(self.roots):
-            self._value(getattr(root, "__name__", f"{type(root).__name__}"), root, k)
+        for root in self.roots:
+            self._value(getattr(root, "__name__", type(root).__name__), root)
         del self._seen
         return self._found
 
-    def _value(self, name: str, value: Any, depth: int = 0) -> None:
+    def _value(self, name: str, value: Any, inside: bool = False) -> None:
         if len(self._found) > _MOST_VALUES:
             return
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
@@ -117,21 +118,21 @@ class PythonState:
         else:
             self._seen.add(id(value))
             self._keep.append(value)
-            self._compound(name, value)
+            self._compound(name, value, inside)
 
-    def _compound(self, name: str, value: Any) -> None:
+    def _compound(self, name: str, value: Any, inside: bool) -> None:
         if isinstance(value, (list, tuple, set, frozenset)):
             self._found[name] = type(value), len(value)
             if isinstance(value, (list, tuple)):
                 for k, item in enumerate(value):
-                    self._value(f"{name}[{k}]", item)
+                    self._value(f"{name}[{k}]", item, inside)
             else:
                 self._found[name] = type(value), frozenset(map(_simple, value))
         elif isinstance(value, dict):
             self._found[name] = type(value), len(value)
             for k, (key, item) in enumerate(list(value.items())):
                 shown = repr(key) if isinstance(key, (str, int)) else f"#{k}"
-                self._value(f"{name}[{shown}]", item)
+                self._value(f"{name}[{shown}]", item, inside)
         elif isinstance(value, types.FunctionType):
             self._function(name, value)
         elif isinstance(value, types.MethodType):
@@ -148,18 +149,20 @@ class PythonState:
         elif isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType)):
             self._found[name] = id(value)
         else:
-            self._found[name] = id(value)
-            if not _library(type(value).__module__) or type(value).__module__ in (
-                "types",
-                "vi_toolkit.estimators",
-            ):
+            self._found[name] = type(value) if inside else id(value)
+            module = type(value).__module__
+            if not _library(module) or module.startswith(("types", "vi_toolkit.estimators")):
                 self._object(name, value)
 
     def _object(self, name: str, value: Any) -> None:
+        library = _library(type(value).__module__)
         for key, item in list(getattr(value, "__dict__", {}).items()):
-            if not key.startswith("__"):
-                self._value(f"{name}.{key}", item)
-        if not _library(type(value).__module__):
+            # What a library's object keeps for itself is a cache, except for a module's parts.
+            if not key.startswith("_") or (not library and not key.startswith("__")):
+                self._value(f"{name}.{key}", item, library)
+            elif key in ("_modules", "_parameters", "_buffers"):
+                self._value(f"{name}.{key}", item, library)
+        if not library:
             for key, item in list(vars(type(value)).items()):
                 if isinstance(item, types.FunctionType):
                     self._function(f"{name}.{key}", item)
