@@ -37,11 +37,21 @@ _MOST_LOADED = 64
 _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Deprecations inside torch are not the user's business; the model's own warnings came when it
+    ran eagerly."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def functional(body: Callable[..., Any], example: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     """Trace a function of tensors once more, without in-place operations."""
     random_state = torch.get_rng_state()
     try:
-        graph = make_fx(torch.func.functionalize(body, remove="mutations"))(*example)
+        with quiet():
+            graph = make_fx(torch.func.functionalize(body, remove="mutations"))(*example)
     except Exception as error:
         text = str(error).split("\n")[0][:200]
         raise CompileError(f"it cannot be traced ({type(error).__name__}: {text})") from error
@@ -229,7 +239,8 @@ def compile_loop(
         try:
             folder = _folder() / key
             if not (folder / "step.so").exists():
-                _build(body, inputs, len(carried), folder)
+                with quiet():
+                    _build(body, inputs, len(carried), folder)
             runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "step.so"), 1)
         except (KeyboardInterrupt, CompileError):
             raise
@@ -268,7 +279,8 @@ def _machine() -> str:
 
 
 def _folder() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    with quiet():
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir()) / "vi_toolkit"
 
@@ -295,21 +307,13 @@ def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Pa
         "aot_inductor.output_path": str(scratch / "step.so"),
     }
     try:
-        with tracing(TracingContext(mode)), torch.no_grad(), _quiet():
+        with tracing(TracingContext(mode)), torch.no_grad():
             fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
             compile_fx_aot(_loop(body, carried, len(inputs)), fake, config_patches=options)
         with contextlib.suppress(OSError):  # another process was first: its library is the same
             os.rename(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Deprecations inside torch are not the user's business."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _loop(body: torch.fx.GraphModule, carried: int, inputs: int) -> torch.fx.GraphModule:

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,7 +224,9 @@ def _record(
     random_state = torch.get_rng_state()
     torch.manual_seed(seed)  # so that no two recordings see the same draws
     try:
-        recorded = make_fx(step)(*example)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they came when the step ran eagerly
+            recorded = make_fx(step)(*example)
     except CompileError:
         raise
     except Exception as error:
