@@ -386,7 +386,7 @@ def test_ctrl_c_returns_the_fit_so_far(monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trace_ELBO, "loss_and_grads", interrupted)
-    fit = vi.fit(regression, AutoNormal, data, method="stochastic", progress=False)
+    fit = vi.fit(regression, AutoNormal, data, method="stochastic", compile=False, progress=False)
     assert fit.interrupted and not fit.converged and len(fit.elbo) == 29
     assert "interrupted" in fit.convergence
     assert fit.sample(3)["w"].shape == (3, 3)
