@@ -49,10 +49,11 @@ class Minibatches:
         """Minibatches per epoch."""
         return -(-self.size // self.batch)
 
-    def ragged_next(self) -> bool:
-        """Whether the next minibatch is shorter than the others."""
+    @property
+    def next_size(self) -> int:
+        """Size of the next minibatch."""
         left = len(self.order) - self.position
-        return 0 < left < self.batch < self.size
+        return min(self.batch, left if left > 0 else self.size)
 
     def several(self, most: int) -> torch.Tensor:
         """The next minibatches as far as they are of one size: shape (at most ``most``, size)."""

@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vi_toolkit.compiled.steps import MOST_STEPS_PER_CALL, CompiledSteps
+from vi_toolkit.compiled.steps import (
+    MOST_STEPS_PER_CALL,
+    CompiledSteps,
+    Loop,
+    without_interrupt,
+)
 from vi_toolkit.compiled.tracing import Watch
 from vi_toolkit.compiled.watching import PythonState, effects
 from vi_toolkit.errors import CompileError, CompileWarning
@@ -99,10 +104,12 @@ class Accelerator:
     def finish(self) -> None:
         """At the end of a run: nothing leaves it unchecked."""
         if self.steps is not None and self.unchecked and not self.reason:
+            step = self.fit.step
             try:
-                self._check(self.steps)
+                size = self.fit.batches.next_size if self.fit.batches else None
+                if size in self.steps.loops:
+                    self._check(self.steps.loop(size))
             except CompileError as error:
-                step = self.fit.step
                 self._give_up(error)
                 while self.fit.step < step:
                     self.fit.one_step()
@@ -124,7 +131,7 @@ class Accelerator:
         parts = (fit.model, fit.guide) if keep else (fit.model, fit.guide, fit.estimator)
         before = PythonState(*parts)
         place = self._place()
-        with Watch(()) as watch, effects() as found:
+        with Watch() as watch, effects() as found:
             elbo = fit.one_step()
         changed = before.changed()
         if not keep:
@@ -149,36 +156,37 @@ class Accelerator:
                 fit.plan,
                 fit.leaves,
             )
-        if fit.batches and fit.batches.ragged_next() and not self.ragged_pays:
+        batches = fit.batches
+        if batches and batches.next_size < batches.batch and not self.ragged_pays:
             return [fit.one_step()]
         fit.check_parameters()
+        loop = self.steps.loop(batches.next_size if batches else None)  # compiles where it must
+        if self.verified is None or self.check_seconds < SHARE_OF_CHECKS * self.compiled_seconds:
+            self._check(loop)
         steps = min(most, MOST_STEPS_PER_CALL)
         if self.per_step:
             steps = max(1, min(steps, int(LONGEST_CALL / self.per_step)))
-        if self.verified is None or (
-            self.check_seconds < SHARE_OF_CHECKS * self.compiled_seconds
-        ):
-            self._check(self.steps)
-        place = fit.batches.state() if fit.batches else None
         began = time.perf_counter()
-        rows = fit.batches.several(steps) if fit.batches else None
-        steps = steps if rows is None else len(rows)
-        block = self.steps.take(steps, rows, fit.block_sum)
-        done = len(block.elbo)
-        if done < steps and fit.batches:
-            fit.batches.restore(place)
-            if done:
-                fit.batches.several(done)
-        fit.step += done
-        fit.in_block += done
-        fit.elbo += block.elbo
-        fit.block_sum = block.total
+        with without_interrupt():
+            place = batches.state() if batches else {}
+            rows = batches.several(steps) if batches else None
+            steps = steps if rows is None else len(rows)
+            block = loop.run(steps, rows, fit.block_sum)
+            done = len(block.elbo)
+            if done < steps and batches:
+                batches.restore(place)
+                if done:
+                    batches.several(done)
+            fit.step += done
+            fit.in_block += done
+            fit.elbo += block.elbo
+            fit.block_sum = block.total
+        self.active = self.unchecked = True
         if done < steps:
             return [*block.elbo, fit.one_step()]  # blames the site, or finds that all is well
         seconds = time.perf_counter() - began
         self.per_step = seconds / done
         self.compiled_seconds += seconds
-        self.active = self.unchecked = True
         return block.elbo
 
     # ------------------------------------------------------------- both ways
@@ -202,23 +210,22 @@ class Accelerator:
             fit.batches.restore(batches)
         torch.set_rng_state(random_state)
 
-    def _check(self, steps: CompiledSteps) -> None:
+    def _check(self, loop: Loop) -> None:
         """Compute the next step both ways, compare, and leave everything as it was.
 
         Raises:
             CompileError: they differ; the fit is back where they last agreed.
         """
         fit = self.fit
+        began = time.perf_counter()
         place = self._place()
         rows = fit.batches.several(1) if fit.batches else None
-        loop = steps.loop(None if rows is None else rows.shape[1])
-        began = time.perf_counter()
-        old = loop.carried()
+        old = [t.clone() for t in loop.carried()]
         done, compiled = loop.compute(1, rows)
         self._return(place)
-        with Watch(()) as watch:
+        with Watch() as watch:
             elbo = fit.one_step()  # raises if it is not finite, as it should
-        eager = loop.carried()
+        eager = [t.clone() for t in loop.carried()]
         watch.undo()
         self._return(place)
         assert self.state is not None

@@ -292,14 +292,8 @@ def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Pa
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
-    except OSError as error:
-        raise CompileError(
-            f"the cache folder {folder.parent} cannot be written ({error.strerror}); "
-            "TORCHINDUCTOR_CACHE_DIR names another"
-        ) from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     options = {
         "fallback_random": True,  # torch's own generator: the same draws as eagerly
@@ -348,4 +342,6 @@ def _compile_reason(error: Exception) -> str:
         return "there is no working C++ compiler (set CXX to one)"
     if "CppCompileError" in name + text:
         return f"the C++ compiler failed ({text.strip().splitlines()[-1][:200]})"
-    return f"inductor cannot compile it ({name}: {text.strip().splitlines()[0][:200]})"
+    if isinstance(error, OSError):
+        return f"the cache folder cannot be used ({text}); TORCHINDUCTOR_CACHE_DIR names another"
+    return f"inductor cannot compile it ({name}: {(text.strip().splitlines() or [''])[0][:200]})"

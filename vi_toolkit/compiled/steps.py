@@ -213,16 +213,15 @@ class Loop:
                 total = torch.zeros(sum(p.numel() for p in self.leaves), dtype=self.table.dtype)
             pieces = total.split([p.numel() for p in self.leaves])
             totals = [torch.cat([pieces[k] for k in m]) for m in self.members]
-        with without_interrupt():
-            before = torch.get_rng_state()
-            done, out = self.compute(steps, rows, totals)
-            if 0 < done < steps:  # once more, up to the step that is not finite
-                torch.set_rng_state(before)
-                done, out = self.compute(done, rows, totals)
-            if done == 0:
-                torch.set_rng_state(before)
-                return Block([], total)
-            return self._commit(done, out, pieces)
+        before = torch.get_rng_state()
+        done, out = self.compute(steps, rows, totals)
+        if 0 < done < steps:  # once more, up to the step that is not finite
+            torch.set_rng_state(before)
+            done, out = self.compute(done, rows, totals)
+        if done == 0:
+            torch.set_rng_state(before)
+            return Block([], total)
+        return self._commit(done, out, pieces)
 
     def compute(
         self, steps: int, rows: torch.Tensor | None, totals: list[torch.Tensor] | None = None

@@ -25,8 +25,7 @@ import pyro.util
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from vi_toolkit.errors import CompileError
 
@@ -88,55 +87,104 @@ def _asker() -> Any:
 
 
 class Watch(TorchDispatchMode):
-    """Notes what the step changes of the outside, and refuses looks at values that will change.
+    """Notes what a step changes of the outside, and which values it reads.
+
+    A value that is the same at every step (of data, or computed from data alone) may be read; it
+    becomes part of what was recorded, and the tensors it comes from are kept in ``read``.
 
     Args:
-        state: tensors whose values may not be read (parameters).
+        state: tensors whose values differ from step to step (parameters, minibatch indices).
     """
 
-    def __init__(self, state: Sequence[torch.Tensor]):
+    def __init__(self, state: Sequence[torch.Tensor] = ()):
         super().__init__()
         self.state = {_storage(t) for t in state}
         self.inside: set[int] = set()
         self.alive: list[torch.Tensor] = []  # so that no storage's address is used twice
         self.changed: list[tuple[torch.Tensor, torch.Tensor]] = []  # (tensor, value before)
+        self.sources: dict[int, list[torch.Tensor]] = {}  # of what is computed from data alone
         self.read: list[torch.Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default and _storage(args[0]) not in self.inside:
-            if _storage(args[0]) in self.state:
-                raise CompileError("the value of a parameter decides what is computed")
-            self.read.append(args[0])
+        if func is aten._local_scalar_dense.default:
+            return self._value(args[0], func)
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in tree_leaves(value):
-                    if torch.is_tensor(tensor) and _storage(tensor) not in self.inside:
-                        self._note(tensor)
+                for tensor in _tensors(value):
+                    self._note(tensor)
         if func is aten.lift_fresh.default:  # a constant made here, by torch.tensor(...)
-            self.inside.add(_storage(args[0]))
-            self.alive.append(args[0])
+            self._keep(args[0], [])
         out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor):
-                same = any(torch.is_tensor(a) and _storage(a) == _storage(tensor) for a in args)
-                if not same:
-                    self.inside.add(_storage(tensor))
-                    self.alive.append(tensor)
+        given = [t for a in (*args, *kwargs.values()) for t in _tensors(a)]
+        sources = self._sources(func, given)
+        for tensor in _tensors(out):
+            if not any(_storage(a) == _storage(tensor) for a in given):
+                self._keep(tensor, sources)
+            elif sources is None:
+                self.sources.pop(_storage(tensor), None)
         return out
 
+    def _keep(self, tensor: torch.Tensor, sources: list[torch.Tensor] | None) -> None:
+        self.inside.add(_storage(tensor))
+        self.alive.append(tensor)
+        if sources is not None:
+            self.sources[_storage(tensor)] = sources
+
+    def _sources(self, func: Any, given: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """The outside tensors a result comes from; None if it differs from step to step."""
+        if torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable:
+            return None
+        found: list[torch.Tensor] = []
+        for tensor in given:
+            of_one = self._origin(tensor)
+            if of_one is None:
+                return None
+            found += [t for t in of_one if not any(t is f for f in found)]
+        return found
+
+    def _origin(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        where = _storage(tensor)
+        if where in self.inside:
+            return self.sources.get(where)
+        if where in self.state or any(_storage(t) == where for t, _ in self.changed):
+            return None
+        return [tensor]
+
+    def _value(self, tensor: torch.Tensor, func: Any) -> Any:
+        sources = self._origin(tensor)
+        if sources is None:
+            if _storage(tensor) in self.state:
+                raise CompileError("the value of a parameter decides what is computed")
+            return func(tensor)  # raises while tracing
+        self.read += sources
+        with _disable_current_modes():
+            return tensor.item()
+
     def _note(self, tensor: torch.Tensor) -> None:
+        self.sources.pop(_storage(tensor), None)
+        if _storage(tensor) in self.inside:
+            return
         if _storage(tensor) in self.state:
             raise CompileError("the model or guide changes a parameter in place")
         if not any(tensor is t for t, _ in self.changed):
             self.changed.append((tensor, tensor.detach().clone()))
 
     def undo(self) -> None:
+        """Put back what the step changed in place."""
         with torch.no_grad():
             for tensor, before in reversed(self.changed):
                 tensor.copy_(before)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _tensors(item)]
+    return []
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -206,17 +254,16 @@ def _record(
     example: Sequence[torch.Tensor],
     seed: int,
 ) -> Traced:
-    watch = Watch(leaves)
+    watch = Watch((*leaves, *example))
     live: list[int] = []
     dtypes: list[torch.dtype] = []
 
     def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with watch:
-            with BookKeeping():
-                value = loss(*inputs)
-                if not torch.is_tensor(value) or not value.requires_grad:
-                    raise CompileError("the loss does not depend on any parameter")
-                gradients = torch.autograd.grad(value, list(leaves), allow_unused=True)
+        with watch, BookKeeping():
+            value = loss(*inputs)
+            if not torch.is_tensor(value) or not value.requires_grad:
+                raise CompileError("the loss does not depend on any parameter")
+            gradients = torch.autograd.grad(value, list(leaves), allow_unused=True)
         dtypes.append(value.dtype)
         live[:] = [k for k, g in enumerate(gradients) if g is not None]
         return (value.detach().clone(), *(g.clone() for g in gradients if g is not None))

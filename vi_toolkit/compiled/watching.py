@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import random
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import torch
 
 _LIBRARIES = {"torch", "pyro", "numpy", "scipy", "pandas", "vi_toolkit", "opt_einsum"}
 _EFFECTS = {"print", "input", "open"}
-_EFFECT_MODULES = {"time", "random", "logging", "numpy.random", "secrets", "datetime"}
+_EFFECT_MODULES = {"logging", "secrets"}
 _MOST_VALUES = 5_000
 
 
@@ -45,9 +46,7 @@ def effects() -> Iterator[list[str]]:
             module = getattr(arg, "__module__", None) or type(owner).__module__
             if arg.__name__ in _EFFECTS and module in ("builtins", "_io"):
                 found.append(arg.__name__)
-            elif (module or "").split(".")[0] in ("time", "random", "_random", "_datetime") or (
-                module or ""
-            ).startswith("numpy.random"):
+            elif (module or "").split(".")[0] in ("time", "_datetime"):
                 found.append(f"{module.lstrip('_')}.{arg.__name__}")
             elif arg.__name__ == "write" and module == "_io":
                 found.append("write")
@@ -62,11 +61,16 @@ def effects() -> Iterator[list[str]]:
                 found.append(f"{name}.{frame.f_code.co_name}")
 
     before = sys.getprofile()
+    states = random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
     sys.setprofile(look)
     try:
         yield found
     finally:
         sys.setprofile(before)
+    if random.getstate() != states[0]:
+        found.append("random.random")
+    if np.random.get_state()[1].tobytes() != states[1]:  # noqa: NPY002
+        found.append("numpy.random")
 
 
 class PythonState:
@@ -143,6 +147,8 @@ class PythonState:
                 self._value(name, part)
         elif isinstance(value, itertools.count):
             self._found[name] = repr(value)
+        elif isinstance(value, np.random.Generator):
+            self._found[name] = repr(value.bit_generator.state)
         elif isinstance(value, torch.nn.Module):
             self._found[f"{name}.training"] = tuple(m.training for m in value.modules())
             self._object(name, value)
@@ -177,28 +183,28 @@ class PythonState:
                     if not _library(getattr(cell.cell_contents, "__module__", None) or ""):
                         self._value(name, cell.cell_contents)
             return
+        names = _names(function.__code__)
         for cell, free in zip(
             function.__closure__ or (), function.__code__.co_freevars, strict=True
         ):
             with contextlib.suppress(ValueError):  # an empty cell
-                self._value(f"{name}.{free}", cell.cell_contents)
+                self._reference(f"{name}.{free}", cell.cell_contents, names)
         self._value(f"{name}'s defaults", function.__defaults__)
-        self._value(f"{name}'s defaults", function.__kwdefaults__)
+        self._value(f"{name}'s keyword defaults", function.__kwdefaults__)
         self._value(f"{name}'s attributes", function.__dict__)
-        names = _names(function.__code__)
-        for used in names:
-            if used not in function.__globals__:
-                continue
-            item = function.__globals__[used]
-            shown = f"{function.__module__}.{used}"
-            if isinstance(item, (types.ModuleType, type)):
-                self._found[f"{shown} itself"] = id(item)
-                owner = item.__name__ if isinstance(item, types.ModuleType) else item.__module__
-                if not _library(owner):  # config.beta, Settings.beta
-                    for attribute in names & set(vars(item)):
-                        self._value(f"{shown}.{attribute}", getattr(item, attribute))
-            else:
-                self._value(shown, item)
+        for used in names & set(function.__globals__):
+            self._reference(f"{function.__module__}.{used}", function.__globals__[used], names)
+
+    def _reference(self, name: str, item: Any, names: set[str]) -> None:
+        """A variable of a function that uses ``names``."""
+        if not isinstance(item, (types.ModuleType, type)):
+            self._value(name, item)
+            return
+        self._found[f"{name} itself"] = id(item)
+        owner = item.__name__ if isinstance(item, types.ModuleType) else item.__module__
+        if not _library(owner):  # config.beta, Settings.beta
+            for attribute in names & set(vars(item)):
+                self._value(f"{name}.{attribute}", getattr(item, attribute))
 
 
 def _names(code: types.CodeType) -> set[str]:
