@@ -103,7 +103,9 @@ def hand_written(scale):
     return guide
 
 
-log_normal = hand_written(lambda: dist.LogNormal(pyro.param("a", torch.tensor(0.0)), positive("b", 0.2)))
+log_normal = hand_written(
+    lambda: dist.LogNormal(pyro.param("a", torch.tensor(0.0)), positive("b", 0.2))
+)
 gamma = hand_written(lambda: dist.Gamma(positive("a", 4.0), positive("b", 4.0)))
 
 
@@ -214,7 +216,9 @@ GRID = [
         "two groups",
         regression,
         AutoNormal,
-        optimizer=lambda p: optim.Adam([{"params": p[1::2], "lr": 0.1}, {"params": p[::2]}], lr=0.01),
+        optimizer=lambda p: optim.Adam(
+            [{"params": p[1::2], "lr": 0.1}, {"params": p[::2]}], lr=0.01
+        ),
     ),
 ]
 
@@ -299,9 +303,7 @@ def random_model(seed):
                 if nested:
                     total = total + pyro.sample("entry", dist.Normal(0.0, 1.0))
                 if discrete:
-                    kind = pyro.sample(
-                        "kind", dist.Bernoulli(0.4), infer={"enumerate": "parallel"}
-                    )
+                    kind = pyro.sample("kind", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
                     total = total + kind
                 pyro.sample("y", dist.Normal(total, scale), obs=y)
 
@@ -480,7 +482,9 @@ def test_data_changed_between_two_runs_are_seen():
     """Also where their values decided a shape, or left the loop as constants."""
 
     def model(counts, group):
-        rates = pyro.sample("rates", dist.Gamma(2.0, 1.0).expand([int(group.max()) + 1]).to_event(1))
+        rates = pyro.sample(
+            "rates", dist.Gamma(2.0, 1.0).expand([int(group.max()) + 1]).to_event(1)
+        )
         with pyro.plate("data", 30):
             pyro.sample("counts", dist.Poisson(rates[group]), obs=counts)
 
@@ -517,7 +521,9 @@ def test_a_buffer_that_the_model_changes_is_state():
                 pyro.sample("y", dist.Normal(X @ (w + module(w)), 1.0), obs=y)
 
         fits.append(
-            vi.fit(model, AutoNormal, DATA, steps=50, compile=compile, optimizer=0.02, progress=False)
+            vi.fit(
+                model, AutoNormal, DATA, steps=50, compile=compile, optimizer=0.02, progress=False
+            )
         )
         fits[-1].module = module
     assert_same(*fits)
@@ -645,7 +651,9 @@ def test_a_non_finite_step_is_blamed_on_its_site_as_eagerly():
     errors = []
     for compile in (False, True):
         with pytest.raises(vi.NonFiniteError) as caught:
-            vi.fit(model, AutoNormal, DATA, steps=500, optimizer=0.05, compile=compile, progress=False)
+            vi.fit(
+                model, AutoNormal, DATA, steps=500, optimizer=0.05, compile=compile, progress=False
+            )
         errors.append(caught.value)
     eager, compiled = errors
     assert (compiled.site, compiled.index, compiled.step) == (eager.site, eager.index, eager.step)
@@ -800,7 +808,9 @@ def test_a_program_is_never_used_for_another_structure(monkeypatch):
     keys = []
     original = program._key
     monkeypatch.setattr(
-        steps, "compile_loop", lambda *a: (keys.append(original(a[0], [*a[1], *a[2]], len(a[1]))), interpret(*a))[1]
+        steps,
+        "compile_loop",
+        lambda *a: (keys.append(original(a[0], [*a[1], *a[2]], len(a[1]))), interpret(*a))[1],
     )
 
     def model(X, y, scale):
@@ -822,12 +832,17 @@ def test_two_fits_in_two_threads_do_not_disturb_each_other():
 
     def run(k, model):
         together[k] = vi.fit(
-            model, AutoNormal, DATA, steps=STEPS, compile=True, optimizer=0.02, seed=3, progress=False
+            model,
+            AutoNormal,
+            DATA,
+            steps=STEPS,
+            compile=True,
+            optimizer=0.02,
+            seed=3,
+            progress=False,
         )
 
-    threads = [
-        threading.Thread(target=run, args=(k, m)) for k, m in enumerate((regression, local))
-    ]
+    threads = [threading.Thread(target=run, args=(k, m)) for k, m in enumerate((regression, local))]
     for thread in threads:
         thread.start()
     for thread in threads:

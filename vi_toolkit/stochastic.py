@@ -229,7 +229,9 @@ class Stochastic:
             self.accelerator.begin(end - self.step if steps is not None else None)
             while self.step < end:
                 # A block's sum must not run on into the next.
-                elbos = self.accelerator.take(min(end - self.step, self.block_length - self.in_block))
+                elbos = self.accelerator.take(
+                    min(end - self.step, self.block_length - self.in_block)
+                )
                 looked = self.watch()
                 report(self.step, elbos, self.error)
                 if looked and (stop(self) if stop else steps is None and self.converged):

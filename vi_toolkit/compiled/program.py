@@ -33,6 +33,7 @@ from vi_toolkit.errors import CompileError
 aten = torch.ops.aten
 Tensors = list[torch.Tensor]
 
+FORMAT = "1"  # of the folders in the cache and of the loop around a body
 _MOST_LOADED = 64
 _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
 
@@ -257,6 +258,7 @@ def _key(body: torch.fx.GraphModule, inputs: Tensors, carried: int) -> str:
     """Everything that the machine code depends on: the same key means the same program."""
     text = "\n".join(
         [
+            FORMAT,
             torch.__version__,
             _machine(),
             str(torch.get_num_threads()),
@@ -304,8 +306,13 @@ def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Pa
         with tracing(TracingContext(mode)), torch.no_grad():
             fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
             compile_fx_aot(_loop(body, carried, len(inputs)), fake, config_patches=options)
+        kept = scratch / "kept"
+        kept.mkdir()
+        os.rename(scratch / "step.so", kept / "step.so")
+        for description in scratch.glob("*.wrapper.json"):  # of operators without C++ bindings
+            os.rename(description, kept / "step.json")
         with contextlib.suppress(OSError):  # another process was first: its library is the same
-            os.rename(scratch, folder)
+            os.rename(kept, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

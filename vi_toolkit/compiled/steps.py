@@ -187,9 +187,7 @@ class Loop:
             MOST_STEPS_PER_CALL, sum(len(r.coefficients(0.1, 1.0)) for r in self.rules), dtype=dtype
         )
         self.rows = (
-            None
-            if batch is None
-            else torch.zeros(MOST_STEPS_PER_CALL, batch, dtype=torch.long)
+            None if batch is None else torch.zeros(MOST_STEPS_PER_CALL, batch, dtype=torch.long)
         )
         self.n = torch.zeros((), dtype=torch.long)
         carried, fixed = self.carried(), self._fixed()
@@ -238,8 +236,11 @@ class Loop:
             self.rows[:steps] = rows[:steps]
         self._fill_table(steps)
         self.n.fill_(steps)
-        with torch.no_grad():
-            i, *out = self.program([*self.carried(totals), *self._fixed(), *self.invariants])
+        try:
+            with torch.no_grad():
+                i, *out = self.program([*self.carried(totals), *self._fixed(), *self.invariants])
+        except RuntimeError as error:
+            raise CompileError(f"the compiled step failed ({error})") from error
         done = int(i)
         return (done if done <= steps else done - (MOST_STEPS_PER_CALL + 1)), out
 
@@ -275,9 +276,7 @@ class Loop:
             dtype=torch.float64,
         )
 
-    def _commit(
-        self, done: int, out: list[torch.Tensor], before: Sequence[torch.Tensor]
-    ) -> Block:
+    def _commit(self, done: int, out: list[torch.Tensor], before: Sequence[torch.Tensor]) -> Block:
         """Write what a call returned to where eager steps keep it."""
         state, leaves = self.optimizer.state, self.leaves
         given = iter(out)

@@ -61,7 +61,7 @@ def effects() -> Iterator[list[str]]:
                 found.append(f"{name}.{frame.f_code.co_name}")
 
     before = sys.getprofile()
-    states = random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
+    states = random.getstate(), _numpy_state()
     sys.setprofile(look)
     try:
         yield found
@@ -69,8 +69,13 @@ def effects() -> Iterator[list[str]]:
         sys.setprofile(before)
     if random.getstate() != states[0]:
         found.append("random.random")
-    if np.random.get_state()[1].tobytes() != states[1]:  # noqa: NPY002
+    if _numpy_state() != states[1]:
         found.append("numpy.random")
+
+
+def _numpy_state() -> tuple[bytes, int]:
+    state = np.random.get_state()  # noqa: NPY002
+    return state[1].tobytes(), state[2]
 
 
 class PythonState:
