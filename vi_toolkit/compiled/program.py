@@ -166,9 +166,9 @@ def hoist(
     for node in nodes:
         if node.op == "call_function" and not _random(node):
             inputs = _tensors_in(node)
-            if inputs and all(i in constant or _free(i) for i in inputs):
-                if any(i in constant for i in inputs):
-                    constant.add(node)
+            known = all(i in constant or _free(i) for i in inputs)
+            if known and any(i in constant for i in inputs):
+                constant.add(node)
     each, once = torch.fx.Graph(), torch.fx.Graph()
     into_each: dict[torch.fx.Node, torch.fx.Node] = {}
     into_once: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -304,7 +304,7 @@ def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Pa
     }
     try:
         with tracing(TracingContext(mode)), torch.no_grad():
-            fake = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
+            fake: list[Any] = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
             compile_fx_aot(_loop(body, carried, len(inputs)), fake, config_patches=options)
         kept = scratch / "kept"
         kept.mkdir()

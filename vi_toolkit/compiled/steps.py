@@ -85,7 +85,8 @@ class CompiledSteps:
             else (self.data, contextlib.nullcontext())
         )
         with handler:
-            return self.estimator.differentiable_loss(self.model, self.guide, **data)
+            differentiable_loss: Any = getattr(self.estimator, "differentiable_loss")  # noqa: B009
+            return differentiable_loss(self.model, self.guide, **data)
 
 
 @dataclass
@@ -149,7 +150,7 @@ class Loop:
             totals = [next(given) for _ in self.rules]
             elbo = next(given)
             buffers = [next(given) for _ in self.buffers]
-            n, table = next(given), next(given)
+            _, table = next(given), next(given)
             at = i.reshape(1)
             inputs = [next(given).index_select(0, at)[0]] if batch is not None else []
             coefficients = iter(table.index_select(0, at)[0].unbind())

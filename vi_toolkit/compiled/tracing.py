@@ -320,8 +320,8 @@ def _lift(
         [k for k in kinds if k[0] == "buffer"]
     ):
         raise CompileError("two tensors that share memory are changed in place")
-    for leaf in leaves:
-        users.append(next((n for k, t, n in kinds if t is leaf), []))
+    for parameter in leaves:
+        users.append(next((n for k, t, n in kinds if t is parameter), []))
     for kind, tensor, nodes in kinds:
         if kind == "buffer":
             buffers.append(tensor)

@@ -135,7 +135,7 @@ def _rmsprop(group: dict[str, Any]) -> Rule:
         buffer = slots[len(new)] * momentum + g / root
         return p - c[0] * buffer, [*new, buffer]
 
-    names = ("square_avg",)
+    names: tuple[str, ...] = ("square_avg",)
     names += ("grad_avg",) if centred else ()
     names += ("momentum_buffer",) if momentum else ()
     return Rule(names, lambda rate, step: [rate], update, counted=True)

@@ -74,8 +74,8 @@ def effects() -> Iterator[list[str]]:
 
 
 def _numpy_state() -> tuple[bytes, int]:
-    state = np.random.get_state()  # noqa: NPY002
-    return state[1].tobytes(), state[2]
+    _, keys, position, *_ = np.random.get_state(legacy=True)  # noqa: NPY002
+    return np.asarray(keys).tobytes(), int(position)
 
 
 class PythonState:
@@ -96,10 +96,8 @@ class PythonState:
     def changed(self) -> str | None:
         """Name of a value that is no longer what it was; None if all are. Then starts afresh."""
         before, self.values = self.values, self._collect()
-        for name in itertools.chain(self.values, before):
-            if before.get(name, self) != self.values.get(name, self):
-                return name
-        return None
+        names = itertools.chain(self.values, before)
+        return next((n for n in names if before.get(n, self) != self.values.get(n, self)), None)
 
     def _collect(self) -> dict[str, Any]:
         self._found: dict[str, Any] = {}
@@ -169,9 +167,8 @@ class PythonState:
         library = _library(type(value).__module__)
         for key, item in list(getattr(value, "__dict__", {}).items()):
             # What a library's object keeps for itself is a cache, except for a module's parts.
-            if not key.startswith("_") or (not library and not key.startswith("__")):
-                self._value(f"{name}.{key}", item, library)
-            elif key in ("_modules", "_parameters", "_buffers"):
+            own = key.startswith("__" if not library else "_")
+            if not own or key in ("_modules", "_parameters", "_buffers"):
                 self._value(f"{name}.{key}", item, library)
         if not library:
             for key, item in list(vars(type(value)).items()):
