@@ -145,30 +145,52 @@ def swap_lookups(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(graph.call_function(aten.index.Tensor, (value, rows)))
 
 
+def shorten_draws(graph: torch.fx.Graph) -> None:
+    """``empty(shape).normal_()`` as ``randn(shape)``: the same numbers by one call, not three."""
+    for node in list(graph.nodes):
+        if node.target is not aten.normal_functional.default or len(node.args) > 1 or node.kwargs:
+            continue
+        source = node.args[0]
+        while source.target in (aten.detach.default, aten.alias.default):
+            source = source.args[0]
+        if source.target is aten.empty.memory_format:
+            kind = {k: source.kwargs[k] for k in ("dtype", "device") if k in source.kwargs}
+            with graph.inserting_before(node):
+                draw = graph.call_function(aten.randn.default, (source.args[0],), kind)
+            node.replace_all_uses_with(draw)
+            graph.erase_node(node)  # as a random operator it would be kept, and draw
+
+
 def hoist(
-    body: torch.fx.GraphModule, variable: int, constants: Sequence[torch.Tensor]
-) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    body: torch.fx.GraphModule, variable: int, fresh: Sequence[bool]
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, list[bool]]:
     """Split a loop's body into what is computed once and what is computed each step.
 
     Args:
         body: graph whose first ``variable`` inputs change from step to step or call to call, and
-            whose others are ``constants``.
+            whose others are constants.
+        fresh: for each constant whether it can have no other value (it is made by the step).
 
     Returns:
-        (once, each): ``each`` takes the variable inputs and then the outputs of ``once``, which
-        takes the constants.
+        (once, each, fixed): ``each`` takes the variable inputs and then the outputs of ``once``,
+        which takes the constants; ``fixed`` says which of these outputs come from fresh constants
+        alone.
     """
     swap_lookups(body.graph)
+    shorten_draws(body.graph)
     body.graph.eliminate_dead_code()
     nodes = list(body.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     constant = set(placeholders[variable:])
+    mutable = {n for n, f in zip(placeholders[variable:], fresh, strict=True) if not f}
     for node in nodes:
         if node.op == "call_function" and not _random(node):
             inputs = _tensors_in(node)
             known = all(i in constant or _free(i) for i in inputs)
             if known and any(i in constant for i in inputs):
                 constant.add(node)
+                if any(i in mutable for i in inputs):
+                    mutable.add(node)
     each, once = torch.fx.Graph(), torch.fx.Graph()
     into_each: dict[torch.fx.Node, torch.fx.Node] = {}
     into_once: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -206,8 +228,37 @@ def hoist(
         elif node.op == "call_function" and node not in constant and not _free(node):
             for_each(node)
     once.output(tuple(handed))
-    made = torch.fx.GraphModule({}, each), torch.fx.GraphModule({}, once)
-    return made[1], made[0]
+    fixed = [node not in mutable for node in handed]
+    return torch.fx.GraphModule({}, once), torch.fx.GraphModule({}, each), fixed
+
+
+def write_in(
+    each: torch.fx.GraphModule, variable: int, values: Sequence[torch.Tensor], fixed: list[bool]
+) -> list[int]:
+    """Write constants that are one number into the graph, where the compiler sees them.
+
+    Returns:
+        Which of ``values`` are left as inputs.
+    """
+    graph = each.graph
+    left = []
+    for k, node in enumerate([n for n in graph.nodes if n.op == "placeholder"][variable:]):
+        value = values[k]
+        one_number = fixed[k] and value.numel() and bool((value == value.reshape(-1)[0]).all())
+        if not one_number:
+            left.append(k)
+            continue
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(first):
+            number = graph.call_function(
+                aten.full.default,
+                (list(value.shape), value.reshape(-1)[0].item()),
+                {"dtype": value.dtype, "device": value.device},
+            )
+        node.replace_all_uses_with(number)
+        graph.erase_node(node)
+    each.recompile()
+    return left
 
 
 def _free(node: torch.fx.Node) -> bool:

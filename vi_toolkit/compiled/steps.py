@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 
-from vi_toolkit.compiled.program import compile_loop, functional, hoist
+from vi_toolkit.compiled.program import compile_loop, functional, hoist, write_in
 from vi_toolkit.compiled.tracing import trace_step
 from vi_toolkit.compiled.updates import hyperparameters, rule_for
 from vi_toolkit.errors import CompileError
@@ -197,10 +197,14 @@ class Loop:
             [torch.zeros((), dtype=torch.long), *carried, *fixed, *self.constants],
         )
         variable = 1 + len(carried) + len(fixed)
-        self.once, each = hoist(each, variable, self.constants)
+        fresh = [False] * len(idle) + traced.fresh
+        self.once, each, unchanging = hoist(each, variable, fresh)
         self.versions: tuple[int, ...] = ()
         self.invariants: list[torch.Tensor] = []
+        self.inputs: list[int] | None = None
         self._refresh()
+        self.inputs = write_in(each, variable, self.invariants, unchanging)
+        self.invariants = [self.invariants[k] for k in self.inputs]
         self.program = compile_loop(each, carried, [*fixed, *self.invariants])
 
     # ------------------------------------------------------------- one call
@@ -354,7 +358,8 @@ class Loop:
         versions = tuple(t._version for t in self.constants)
         if versions != self.versions:
             with torch.no_grad():
-                self.invariants = list(self.once(*self.constants))
+                values = list(self.once(*self.constants))
+            self.invariants = values if self.inputs is None else [values[k] for k in self.inputs]
             self.versions = versions
             self.read_versions = [t._version for t in self.read]
 
