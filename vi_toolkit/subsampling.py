@@ -56,7 +56,13 @@ class Minibatches:
         return min(self.batch, left if left > 0 else self.size)
 
     def several(self, most: int) -> torch.Tensor:
-        """The next minibatches as far as they are of one size: shape (at most ``most``, size)."""
+        """The next minibatches as far as they are of one size: shape (at most ``most``, size).
+
+        Example:
+            >>> batches = Minibatches(10, 4, torch.Generator().manual_seed(0))
+            >>> [tuple(batches.several(5).shape) for _ in range(3)]
+            [(2, 4), (1, 2), (2, 4)]
+        """
         parts: list[torch.Tensor] = []
         missing = most
         while missing:

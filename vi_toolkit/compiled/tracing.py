@@ -230,6 +230,17 @@ def trace_step(
 
     Raises:
         CompileError: the step cannot be recorded, or its recordings differ.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> x = torch.tensor([1.0, 3.0])
+        >>> traced = trace_step(lambda: (w * x + torch.randn(2)).sum(), [w], [(), ()])
+        >>> [tuple(t.shape) for t in traced.graph(w, x)]  # loss and gradient
+        [(), (2,)]
+        >>> trace_step(lambda: w.sum() if w.sum() > 1 else 2 * w.sum(), [w], [(), ()])
+        Traceback (most recent call last):
+        vi_toolkit.errors.CompileError: what the model or guide computes depends on values that ...
     """
     first, *others = [_record(loss, leaves, x, seed) for seed, x in enumerate(inputs)]
     for other in others:

@@ -43,6 +43,15 @@ def rule_for(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
 
     Raises:
         CompileError: there is none for this optimiser or one of its options.
+
+    Example:
+        >>> import torch
+        >>> p = torch.zeros(2, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([p], lr=0.5)
+        >>> rule = rule_for(optimizer, optimizer.param_groups[0])
+        >>> c = torch.tensor(rule.coefficients(0.5, 1.0)).unbind()
+        >>> rule.update(p.detach(), torch.ones(2), [], c)
+        (tensor([-0.5000, -0.5000]), [])
     """
     kind = type(optimizer)
     make = _RULES.get(kind)

@@ -35,7 +35,15 @@ def _library(name: str | None) -> bool:
 
 @contextlib.contextmanager
 def effects() -> Iterator[list[str]]:
-    """Collects the calls with an effect that code outside libraries makes in this thread."""
+    """Collects the calls with an effect that code outside libraries makes in this thread.
+
+    Example:
+        >>> with effects() as found:
+        ...     torch.ones(2).sum(), random.random()  # doctest: +ELLIPSIS
+        (...)
+        >>> found
+        ['random.random']
+    """
     found: list[str] = []
 
     def look(frame: types.FrameType, event: str, arg: Any) -> None:
@@ -85,8 +93,20 @@ class PythonState:
     text and small arrays by value; all else by identity, except for what a library keeps in its
     own objects and may make anew at each call (the plates of an autoguide).
 
+    What it cannot see: state inside generators and C extensions, and what a library's object keeps
+    for itself. The comparison with eager steps is there for these.
+
     Args:
         roots: model, guide and the like.
+
+    Example:
+        >>> settings = types.SimpleNamespace(beta=1.0)
+        >>> state = PythonState(settings)
+        >>> state.changed() is None
+        True
+        >>> settings.beta = 0.5
+        >>> state.changed()
+        'SimpleNamespace.beta'
     """
 
     def __init__(self, *roots: Any):
