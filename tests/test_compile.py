@@ -825,6 +825,24 @@ def test_a_program_is_never_used_for_another_structure(monkeypatch):
     assert keys[3] != keys[0]
 
 
+def test_what_does_not_change_leaves_the_loop(monkeypatch):
+    """lgamma(counts + 1) of all data is computed once, also where minibatches of it are used."""
+    seen = []
+    monkeypatch.setattr(steps, "compile_loop", lambda *a: (seen.append(a), interpret(*a))[1])
+    counts = Y.abs().round()
+
+    def model(y):
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 30) as i:
+            pyro.sample("y", dist.Poisson(rate), obs=y[i])
+
+    assert_same(*both(model, AutoNormal, {"y": counts}, number=12, subsample={"data": 10}))
+    body, _, fixed = seen[0]
+    assert "lgamma" not in body.code
+    assert any(t.shape == (30,) and torch.equal(t, torch.lgamma(counts + 1)) for t in fixed)
+    assert body.code.count("aten.randn") == 1 and "normal_functional" not in body.code
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_two_fits_in_two_threads_do_not_disturb_each_other():
     alone = [both(m, g)[1] for m, g in ((regression, AutoNormal), (local, AutoNormal))]

@@ -844,6 +844,8 @@ class Fit:
     def extend(self, steps: int | None = None) -> Fit:
         """Go on from where the fit stopped, bit for bit as if it had never stopped.
 
+        (Equal to rounding only where ``compile="auto"`` compiles a long run and not a short one.)
+
         Args:
             steps: further steps of the stochastic method. The deterministic method takes none: it
                 solves again with twice as many fresh draws, until it has converged.
