@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import getpass
 import hashlib
 import operator
 import os
 import platform
+import re
 import shutil
 import tempfile
 import warnings
@@ -332,10 +334,12 @@ def _machine() -> str:
 
 
 def _folder() -> Path:
-    with quiet():
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "vi_toolkit"
+    """Inside inductor's cache folder, found without importing inductor (which takes a while)."""
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if given:
+        return Path(given) / "vi_toolkit"
+    user = re.sub(r"[^\w.-]", "_", getpass.getuser())
+    return Path(tempfile.gettempdir()) / f"torchinductor_{user}" / "vi_toolkit"
 
 
 def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Path) -> None:
