@@ -59,7 +59,15 @@ class CompiledSteps:
         """The compiled loop for minibatches of this size; None without minibatches."""
         found = self.loops.get(batch)
         if found is None or found.outdated():
-            self.loops[batch] = found = Loop(self, batch)
+            try:
+                self.loops[batch] = found = Loop(self, batch)
+            except CompileError:
+                raise
+            except Exception as error:  # whatever tracing another's model may meet
+                text = (str(error).splitlines() or [""])[0][:200]
+                raise CompileError(
+                    f"it cannot be compiled ({type(error).__name__}: {text})"
+                ) from error
         return found
 
     def take(
