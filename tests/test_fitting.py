@@ -403,7 +403,10 @@ def test_ctrl_c_returns_the_fit_so_far(monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(vi.Reparam, "loss_and_grads", interrupted)
-    fit = vi.fit(regression, AutoNormal, data, method="stochastic", progress=False)
+    with pytest.warns(vi.ConvergenceWarning, match="interrupted"):
+        fit = vi.fit(
+            regression, AutoNormal, data, method="stochastic", compile=False, progress=False
+        )
     assert fit.interrupted and not fit.converged and len(fit.elbo) == 29
     assert "interrupted" in fit.convergence
     assert fit.sample(3)["w"].shape == (3, 3)
@@ -428,7 +431,8 @@ def test_ctrl_c_in_the_deterministic_method_can_be_taken_up_again(monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(deterministic, "solve", interrupted)
-    fit = vi.fit(scale_model, AutoMultivariateNormal, y, progress=False)
+    with pytest.warns(vi.ConvergenceWarning, match="interrupted"):
+        fit = vi.fit(scale_model, AutoMultivariateNormal, y, progress=False)
     assert fit.interrupted and not fit.converged
     monkeypatch.undo()
     fit.extend()

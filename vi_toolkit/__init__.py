@@ -15,6 +15,8 @@ from vi_toolkit.diagnostics import (
     when_converged,
 )
 from vi_toolkit.errors import (
+    CompileError,
+    CompileWarning,
     ConvergenceWarning,
     LoadError,
     NonFiniteError,
@@ -40,6 +42,8 @@ from vi_toolkit.storage import load
 
 __all__ = [
     "Comparison",
+    "CompileError",
+    "CompileWarning",
     "ControlVariate",
     "ConvergenceWarning",
     "Diagnosis",

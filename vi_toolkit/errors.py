@@ -65,3 +65,11 @@ class LoadError(VIError, ValueError):
 
 class ConvergenceWarning(UserWarning):
     """The fit stopped before its optimum was reached to the promised accuracy."""
+
+
+class CompileError(VIError, RuntimeError):
+    """A step cannot be compiled; the message says why."""
+
+
+class CompileWarning(UserWarning):
+    """A fit runs eagerly although compiled steps would have paid; the message says why."""

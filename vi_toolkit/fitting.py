@@ -70,6 +70,7 @@ def fit(
     subsample: Mapping[str, int] | None = None,
     stop: Callable[[Stochastic], bool] | None = None,
     average: bool = True,
+    compile: str | bool = "auto",
     restarts: int = 1,
     progress: bool = True,
 ) -> Fit:
@@ -103,6 +104,10 @@ def fit(
         stop: called with the running fit each time a stage is looked at (after 640 steps, 1,280,
             2,560, ...); ends the fit when true.
         average: report the average of the last window of iterates rather than the last iterate.
+        compile: whether the stochastic method compiles its steps: ``True`` insists (and implies
+            that method), ``False`` never does, ``"auto"`` does where the steps asked for number
+            at least 2,000 or are left open, and goes on eagerly, with a warning, where it cannot.
+            The draws are the same either way, and so is the fit, to rounding.
         restarts: independent starts; the fit with the best ELBO is kept. The deterministic method
             always tries 16, and takes this many times 16.
         progress: show a progress bar.
@@ -114,6 +119,7 @@ def fit(
         PreflightError: model, guide and data do not fit together.
         NonFiniteError: the ELBO or its gradient is not finite; carries the last good state.
         NotDeterministicError: ``method="deterministic"`` where it cannot be had.
+        CompileError: ``compile=True`` where the step cannot be compiled; it says why.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, vi_toolkit as vi
@@ -138,6 +144,8 @@ def fit(
             "optimizer is one of pyro.optim, which keeps parameters to itself: give the first step "
             "size of Adam, or lambda params: torch.optim.Adam(params, lr=0.01)"
         )
+    if compile not in ("auto", True, False):
+        raise ValueError(f"compile must be 'auto', True or False, not {compile!r}")
     if subsample is not None and (not isinstance(subsample, Mapping) or len(subsample) != 1):
         raise ValueError("subsample takes one plate: {'name of the plate': minibatch size}")
 
@@ -165,6 +173,7 @@ def fit(
         "optimizer": optimizer is not None,
         "estimator": estimator is not None and not isinstance(estimator, Reparam),
         "stop": stop is not None,
+        "compile": compile is True,
     }
     stochastic_only = [name for name, given in asked.items() if given]
     if method == "deterministic" and stochastic_only:
@@ -196,6 +205,7 @@ def fit(
     if result.method == "deterministic":
         result._run_deterministic(restarts)
     else:
+        result._compile = compile
         result._run_stochastic(estimator, optimizer, steps, subsample, stop, average, restarts)
     result.seconds = time.monotonic() - began
     if result.interrupted or (not result.converged and steps is None):
@@ -255,6 +265,7 @@ class Fit:
         self._progress: det.Progress | None = None
         self._joint: Joint | None = None
         self._cannot_extend = ""
+        self._compile: str | bool = "auto"
         self._set_up(dtype)
 
     # ---------------------------------------------------------------- set-up
@@ -547,6 +558,7 @@ class Fit:
                 plan,
                 seed,
                 self._average,
+                self._compile,
             )
 
     def _plan(self, name: str, batch: int) -> PlatePlan:
@@ -670,11 +682,12 @@ class Fit:
         bar = tqdm(total=steps, disable=not self.progress, desc=description, unit="step")
         smooth = 0.0
 
-        def report(step: int, elbo: float, error: float) -> None:
+        def report(step: int, elbos: list[float], error: float) -> None:
             nonlocal smooth
-            smooth = elbo if step == 1 else 0.98 * smooth + 0.02 * elbo
-            bar.update(1)
-            if step % 50 == 0:
+            for elbo in elbos:
+                smooth = 0.98 * smooth + 0.02 * elbo if smooth else elbo
+            bar.update(len(elbos))
+            if step % 50 < len(elbos):
                 bar.set_postfix_str(f"ELBO {smooth:.2f}", refresh=False)
 
         try:
@@ -997,6 +1010,8 @@ class Fit:
 
     def extend(self, steps: int | None = None) -> Fit:
         """Go on from where the fit stopped, bit for bit as if it had never stopped.
+
+        (Equal to rounding only where ``compile="auto"`` compiles a long run and not a short one.)
 
         Args:
             steps: further steps of the stochastic method. The deterministic method takes none: it

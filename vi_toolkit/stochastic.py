@@ -29,6 +29,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 
+from vi_toolkit.compiled.accelerator import Accelerator
 from vi_toolkit.deterministic import flat, unflat, unique_leaves
 from vi_toolkit.errors import NonFiniteError
 from vi_toolkit.subsampling import Minibatches, PlatePlan
@@ -56,6 +57,7 @@ class Stochastic:
         plan: PlatePlan | None,
         seed: int,
         average: bool = True,
+        compile: str | bool = False,
     ):
         self.model, self.guide, self.data = model, guide, data
         self.estimator: Any = estimator
@@ -81,6 +83,7 @@ class Stochastic:
         self.stage_average: torch.Tensor | None = None  # of the last completed stage
         self.error = math.inf
         self.elbo: list[float] = []
+        self.accelerator = Accelerator(self, compile)
 
     @property
     def converged(self) -> bool:
@@ -105,6 +108,16 @@ class Stochastic:
         if not math.isfinite(loss) or bad_gradient is not None:
             torch.set_rng_state(before)
             raise blame(self, data, handler, loss, bad_gradient)
+        self.check_parameters()
+        self.optimizer.step()
+        self.step += 1
+        self.elbo.append(-loss)
+        self.block_sum += flat(self.leaves)
+        self.in_block += 1
+        return -loss
+
+    def check_parameters(self) -> None:
+        """Every parameter must have been there at the first step."""
         new = [p for p in unique_leaves() if not any(p is q for q in self.leaves)]
         if new:
             names = [n for n, p in pyro.get_param_store().named_parameters() if p is new[0]]
@@ -112,15 +125,9 @@ class Stochastic:
                 f"the parameter {names[0]!r} appeared only at step {self.step}: register every "
                 "pyro.param on every run of the model or guide"
             )
-        self.optimizer.step()
-        self.step += 1
-        self.elbo.append(-loss)
-        return -loss
 
     def watch(self) -> bool:
-        """Book-keeping after a step; True when the stage has just been looked at."""
-        self.block_sum += flat(self.leaves)
-        self.in_block += 1
+        """Looks at the stage where its time has come; True if it has."""
         if self.in_block < self.block_length:
             return False
         self.blocks.append(self.block_sum / self.block_length)
@@ -207,25 +214,33 @@ class Stochastic:
     def advance(
         self,
         steps: int | None,
-        report: Callable[[int, float, float], None],
+        report: Callable[[int, list[float], float], None],
         stop: Callable[[Stochastic], bool] | None = None,
     ) -> None:
         """Take ``steps`` steps, or as many as convergence needs if None.
 
         Args:
             steps: number of optimiser steps.
-            report: called after each step with the step, the ELBO and the error so far.
+            report: called after each step or block of compiled steps with the number of steps
+                so far, the ELBOs of the new ones and the error so far.
             stop: asked after each look at a stage; the fit's own rule if None.
         """
         end = self.step + steps if steps is not None else MOST_STEPS
         torch.set_rng_state(self.rng)
         try:
+            self.accelerator.begin(end - self.step if steps is not None else None)
             while self.step < end:
-                elbo = self.one_step()
+                # A block's sum must not run on into the next.
+                elbos = self.accelerator.take(
+                    min(end - self.step, self.block_length - self.in_block)
+                )
                 looked = self.watch()
-                report(self.step, elbo, self.error)
+                report(self.step, elbos, self.error)
                 if looked and (stop(self) if stop else steps is None and self.converged):
                     break
+                if looked:
+                    self.accelerator.look_around()
+            self.accelerator.finish()
         finally:
             self.rng = torch.get_rng_state()
 

@@ -179,6 +179,7 @@ def _state(fit: Fit) -> dict[str, Any] | None:
             "estimator": _describe(fit._estimator),
             "subsample": fit._subsample,
             "average": fit._average,
+            "compile": fit._compile,
         }
     progress = fit._progress
     if progress is None:
@@ -213,6 +214,7 @@ def _restore(
     if state["kind"] == "stochastic":
         if estimator is None and state["estimator"] is not None:
             estimator = _make(state["estimator"])
+        fit._compile = state.get("compile", "auto")
         known = state["rate"] if state["rate"] is not None else optimizer
         fit._prepare_stochastic(estimator, known, state["average"], state["subsample"])
         fit._start_stochastic(fit.seed)

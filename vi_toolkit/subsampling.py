@@ -44,6 +44,41 @@ class Minibatches:
         self.position += self.batch
         return indices
 
+    @property
+    def per_epoch(self) -> int:
+        """Minibatches per epoch."""
+        return -(-self.size // self.batch)
+
+    @property
+    def next_size(self) -> int:
+        """Size of the next minibatch."""
+        left = len(self.order) - self.position
+        return min(self.batch, left if left > 0 else self.size)
+
+    def several(self, most: int) -> torch.Tensor:
+        """The next minibatches as far as they are of one size: shape (at most ``most``, size).
+
+        Example:
+            >>> batches = Minibatches(10, 4, torch.Generator().manual_seed(0))
+            >>> [tuple(batches.several(5).shape) for _ in range(3)]
+            [(2, 4), (1, 2), (2, 4)]
+        """
+        parts: list[torch.Tensor] = []
+        missing = most
+        while missing:
+            if self.position >= len(self.order):
+                self.order = torch.randperm(self.size, generator=self.generator)
+                self.position = 0
+            left = len(self.order) - self.position
+            length = min(self.batch, left)
+            if parts and parts[0].shape[1] != length:
+                break
+            count = min(missing, left // length)
+            parts.append(self.order[self.position :][: count * length].view(count, length))
+            self.position += count * length
+            missing -= count
+        return torch.cat(parts)
+
     def state(self) -> dict[str, Any]:
         return {
             "order": self.order,

@@ -1,0 +1,22 @@
+"""Compiled optimiser steps: an SVI step as one graph without Python, many steps per call.
+
+``vi.fit(..., compile="auto")`` uses them. :class:`CompiledSteps` is what stands behind it;
+:mod:`~vi_toolkit.compiled.tracing` records a step, :mod:`~vi_toolkit.compiled.program` makes
+machine code of it, :mod:`~vi_toolkit.compiled.accelerator` decides when, and together with
+:mod:`~vi_toolkit.compiled.watching` sees to it that a compiled step stays the model's.
+
+What runs eagerly, and why:
+
+* control flow on values that change from step to step (latents, parameters, minibatches), which
+  includes shapes that depend on them (the spline flows of Pyro): one recording cannot follow it;
+* models that print, read a clock, draw from numpy or ``random``, or change Python state when they
+  run: a compiled step would not repeat it;
+* estimators without a ``differentiable_loss`` (Pyro's RenyiELBO, TraceGraph_ELBO);
+* optimisers other than Adam, AdamW, SGD and RMSprop, and a learning rate that is a tensor;
+* parameters of different precisions, or not on the CPU;
+* no C++ compiler, unless the program is in the cache from an earlier run.
+"""
+
+from vi_toolkit.compiled.steps import MOST_STEPS_PER_CALL, CompiledSteps
+
+__all__ = ["MOST_STEPS_PER_CALL", "CompiledSteps"]

@@ -1,0 +1,409 @@
+"""From a traced step to machine code: a loop of K optimiser steps per call.
+
+The traced step, the optimiser's update, the running sum of the iterates and the ELBO's history
+become the body of a ``while_loop``. Inductor compiles the loop ahead of time (AOTInductor) into
+one shared library that is called with tensors only: no guards, no Python between steps.
+
+Before that, what does not change from step to step leaves the loop and is computed once:
+``lgamma(counts + 1)``, logarithms of data and the like, also where the loop only looks up
+minibatches of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import getpass
+import hashlib
+import operator
+import os
+import platform
+import re
+import shutil
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from vi_toolkit.errors import CompileError
+
+aten = torch.ops.aten
+Tensors = list[torch.Tensor]
+
+FORMAT = "1"  # of the folders in the cache and of the loop around a body
+_MOST_LOADED = 64
+_loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Deprecations inside torch are not the user's business; the model's own warnings came when it
+    ran eagerly."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def functional(body: Callable[..., Any], example: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """Trace a function of tensors once more, without in-place operations."""
+    random_state = torch.get_rng_state()
+    try:
+        with quiet():
+            graph = make_fx(torch.func.functionalize(body, remove="mutations"))(*example)
+    except Exception as error:
+        text = str(error).split("\n")[0][:200]
+        raise CompileError(f"it cannot be traced ({type(error).__name__}: {text})") from error
+    finally:
+        torch.set_rng_state(random_state)
+    graph.graph.eliminate_dead_code()
+    return graph
+
+
+# ------------------------------------------------------------- what leaves the loop
+
+_VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.detach.default,
+    aten.alias.default,
+}
+_COSTLY = {
+    aten.lgamma.default,
+    aten.digamma.default,
+    aten.log.default,
+    aten.log1p.default,
+    aten.exp.default,
+    aten.expm1.default,
+    aten.erf.default,
+    aten.erfinv.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.pow.Tensor_Scalar,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+}
+_POINTWISE = _COSTLY | {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.neg.default,
+    aten.rsub.Scalar,
+    aten.reciprocal.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten._to_copy.default,
+    aten.detach.default,
+    aten.alias.default,
+}
+
+
+def _tensors_in(node: torch.fx.Node) -> list[torch.fx.Node]:
+    return node.all_input_nodes
+
+
+def _random(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and (
+        torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
+    )
+
+
+def swap_lookups(graph: torch.fx.Graph) -> None:
+    """``f(table[rows])`` becomes ``f(table)[rows]`` for costly pointwise f, to leave the loop."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _COSTLY:
+            continue
+        chain = [node]
+        while chain[-1].target in _POINTWISE and len(_tensors_in(chain[-1])) == 1:
+            chain.append(_tensors_in(chain[-1])[0])
+        lookup = chain.pop()
+        if not chain or lookup.target is not aten.index.Tensor or len(lookup.args[1]) != 1:
+            continue
+        table, rows = lookup.args[0], lookup.args[1]
+        if table.op != "placeholder" or len(lookup.meta["val"].shape) != len(
+            table.meta["val"].shape
+        ):
+            continue
+        with graph.inserting_before(node):
+            value = table
+            for step in reversed(chain):
+                args = tuple(value if a is _tensors_in(step)[0] else a for a in step.args)
+                value = graph.call_function(step.target, args, dict(step.kwargs))
+            node.replace_all_uses_with(graph.call_function(aten.index.Tensor, (value, rows)))
+
+
+def shorten_draws(graph: torch.fx.Graph) -> None:
+    """``empty(shape).normal_()`` as ``randn(shape)``: the same numbers by one call, not three."""
+    for node in list(graph.nodes):
+        if node.target is not aten.normal_functional.default or len(node.args) > 1 or node.kwargs:
+            continue
+        source = node.args[0]
+        while source.target in (aten.detach.default, aten.alias.default):
+            source = source.args[0]
+        if source.target is aten.empty.memory_format:
+            kind = {k: source.kwargs[k] for k in ("dtype", "device") if k in source.kwargs}
+            with graph.inserting_before(node):
+                draw = graph.call_function(aten.randn.default, (source.args[0],), kind)
+            node.replace_all_uses_with(draw)
+            graph.erase_node(node)  # as a random operator it would be kept, and draw
+
+
+def hoist(
+    body: torch.fx.GraphModule, variable: int, fresh: Sequence[bool]
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, list[bool]]:
+    """Split a loop's body into what is computed once and what is computed each step.
+
+    Args:
+        body: graph whose first ``variable`` inputs change from step to step or call to call, and
+            whose others are constants.
+        fresh: for each constant whether it can have no other value (it is made by the step).
+
+    Returns:
+        (once, each, fixed): ``each`` takes the variable inputs and then the outputs of ``once``,
+        which takes the constants; ``fixed`` says which of these outputs come from fresh constants
+        alone.
+    """
+    swap_lookups(body.graph)
+    shorten_draws(body.graph)
+    body.graph.eliminate_dead_code()
+    nodes = list(body.graph.nodes)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    constant = set(placeholders[variable:])
+    mutable = {n for n, f in zip(placeholders[variable:], fresh, strict=True) if not f}
+    for node in nodes:
+        if node.op == "call_function" and not _random(node):
+            inputs = _tensors_in(node)
+            known = all(i in constant or _free(i) for i in inputs)
+            if known and any(i in constant for i in inputs):
+                constant.add(node)
+                if any(i in mutable for i in inputs):
+                    mutable.add(node)
+    each, once = torch.fx.Graph(), torch.fx.Graph()
+    into_each: dict[torch.fx.Node, torch.fx.Node] = {}
+    into_once: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in placeholders[:variable]:
+        into_each[node] = each.placeholder(node.name)
+    for node in placeholders[variable:]:
+        into_once[node] = once.placeholder(node.name)
+    anchor = next(reversed(each.nodes), None)
+    handed: list[torch.fx.Node] = []
+
+    def for_once(node: torch.fx.Node) -> torch.fx.Node:
+        if node not in into_once:
+            into_once[node] = once.node_copy(node, for_once)
+        return into_once[node]
+
+    def for_each(node: torch.fx.Node) -> torch.fx.Node:
+        nonlocal anchor
+        if node in into_each:
+            return into_each[node]
+        if node in constant and not (node.op == "call_function" and node.target in _VIEWS):
+            handed.append(for_once(node))
+            with each.inserting_after(anchor) if anchor else each.inserting_before():
+                anchor = into_each[node] = each.placeholder(f"constant_{len(handed)}")
+        else:
+            for child in _tensors_in(node):
+                for_each(child)
+            into_each[node] = each.node_copy(node, lambda n: into_each[n])
+        return into_each[node]
+
+    for node in nodes:
+        if node.op == "output":
+            for child in _tensors_in(node):
+                for_each(child)
+            each.output(torch.fx.node.map_arg(node.args[0], lambda n: into_each[n]))
+        elif node.op == "call_function" and node not in constant and not _free(node):
+            for_each(node)
+    once.output(tuple(handed))
+    fixed = [node not in mutable for node in handed]
+    return torch.fx.GraphModule({}, once), torch.fx.GraphModule({}, each), fixed
+
+
+def write_in(
+    each: torch.fx.GraphModule, variable: int, values: Sequence[torch.Tensor], fixed: list[bool]
+) -> list[int]:
+    """Write constants that are one number into the graph, where the compiler sees them.
+
+    Returns:
+        Which of ``values`` are left as inputs.
+    """
+    graph = each.graph
+    left = []
+    for k, node in enumerate([n for n in graph.nodes if n.op == "placeholder"][variable:]):
+        value = values[k]
+        one_number = fixed[k] and value.numel() and bool((value == value.reshape(-1)[0]).all())
+        if not one_number:
+            left.append(k)
+            continue
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(first):
+            number = graph.call_function(
+                aten.full.default,
+                (list(value.shape), value.reshape(-1)[0].item()),
+                {"dtype": value.dtype, "device": value.device},
+            )
+        node.replace_all_uses_with(number)
+        graph.erase_node(node)
+    each.recompile()
+    return left
+
+
+def _free(node: torch.fx.Node) -> bool:
+    """Whether a node needs no tensor at all (``full``, ``arange``, ...)."""
+    return node.op == "call_function" and not _tensors_in(node) and not _random(node)
+
+
+# ------------------------------------------------------------- compiling the loop
+
+
+def compile_loop(
+    body: torch.fx.GraphModule,
+    carried: Sequence[torch.Tensor],
+    fixed: Sequence[torch.Tensor],
+) -> Callable[[Tensors], Tensors]:
+    """Compile ``while i < n: i, *carried = body(i, *carried, n, *fixed)``.
+
+    The first of ``fixed`` is n. The same loop is compiled once per process and its library is kept
+    in inductor's cache folder, where the next process finds it.
+
+    Returns:
+        Function of [*carried, *fixed] that returns [i, *carried].
+
+    Raises:
+        CompileError: there is no working C++ compiler, or inductor cannot compile the loop.
+    """
+    inputs = [*carried, *fixed]
+    key = _key(body, inputs, len(carried))
+    if key not in _loaded:
+        try:
+            folder = _folder() / key
+            if not (folder / "step.so").exists():
+                with quiet():
+                    _build(body, inputs, len(carried), folder)
+            runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "step.so"), 1)
+        except (KeyboardInterrupt, CompileError):
+            raise
+        except Exception as error:
+            raise CompileError(_compile_reason(error)) from error
+        _loaded[key] = runner.run
+        if len(_loaded) > _MOST_LOADED:
+            _loaded.popitem(last=False)
+    _loaded.move_to_end(key)
+    return _loaded[key]
+
+
+def _key(body: torch.fx.GraphModule, inputs: Tensors, carried: int) -> str:
+    """Everything that the machine code depends on: the same key means the same program."""
+    text = "\n".join(
+        [
+            FORMAT,
+            torch.__version__,
+            _machine(),
+            str(torch.get_num_threads()),
+            str(carried),
+            body.code,
+            *(f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.device}" for t in inputs),
+        ]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _machine() -> str:
+    """What the compiled instructions rely on."""
+    parts = [platform.machine(), platform.system(), torch.backends.cpu.get_cpu_capability()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        parts += [line for line in lines if line.startswith("flags")][:1]
+    return " ".join(parts)
+
+
+def _folder() -> Path:
+    """Inside inductor's cache folder, found without importing inductor (which takes a while)."""
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if given:
+        return Path(given) / "vi_toolkit"
+    user = re.sub(r"[^\w.-]", "_", getpass.getuser())
+    return Path(tempfile.gettempdir()) / f"torchinductor_{user}" / "vi_toolkit"
+
+
+def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Path) -> None:
+    """Compile into a folder of its own and move it to its place when it is complete."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_aot
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    options = {
+        "fallback_random": True,  # torch's own generator: the same draws as eagerly
+        "compile_threads": 1,  # no pool of worker processes for one file
+        "aot_inductor.output_path": str(scratch / "step.so"),
+    }
+    try:
+        with tracing(TracingContext(mode)), torch.no_grad():
+            fake: list[Any] = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
+            compile_fx_aot(_loop(body, carried, len(inputs)), fake, config_patches=options)
+        kept = scratch / "kept"
+        kept.mkdir()
+        os.rename(scratch / "step.so", kept / "step.so")
+        for description in scratch.glob("*.wrapper.json"):  # of operators without C++ bindings
+            os.rename(description, kept / "step.json")
+        with contextlib.suppress(OSError):  # another process was first: its library is the same
+            os.rename(kept, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _loop(body: torch.fx.GraphModule, carried: int, inputs: int) -> torch.fx.GraphModule:
+    # Written by hand, as one comparison needs no tracing.
+    test = torch.fx.Graph()
+    nodes = [test.placeholder(f"arg{k}") for k in range(inputs + 1)]
+    test.output(test.call_function(aten.lt.Tensor, (nodes[0], nodes[1 + carried])))
+    outer = torch.fx.Graph()
+    given = [outer.placeholder(f"input_{k}") for k in range(inputs)]
+    start = outer.call_function(aten.full.default, ([], 0), {"dtype": torch.int64})
+    root = torch.nn.Module()
+    root.test = torch.fx.GraphModule({}, test)
+    root.body = torch.fx.GraphModule({}, body.graph)
+    loop = outer.call_function(
+        torch.ops.higher_order.while_loop,
+        (
+            outer.get_attr("test"),
+            outer.get_attr("body"),
+            (start, *given[:carried]),
+            tuple(given[carried:]),
+        ),
+    )
+    outer.output(
+        tuple(outer.call_function(operator.getitem, (loop, k)) for k in range(carried + 1))
+    )
+    return torch.fx.GraphModule(root, outer)
+
+
+def _compile_reason(error: Exception) -> str:
+    name, text = type(error).__name__, str(error)
+    if "InvalidCxxCompiler" in name + text or "No working C++ compiler" in text:
+        return "there is no working C++ compiler (set CXX to one)"
+    if "CppCompileError" in name + text:
+        return f"the C++ compiler failed ({text.strip().splitlines()[-1][:200]})"
+    if isinstance(error, OSError):
+        return f"the cache folder cannot be used ({text}); TORCHINDUCTOR_CACHE_DIR names another"
+    return f"inductor cannot compile it ({name}: {(text.strip().splitlines() or [''])[0][:200]})"
