@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).resolve().parent
 SHOWN_ROWS = 12  # of a comparison; its CSV file has them all
+INTERRUPTED = 130  # exit status, as a shell has it of a command ended by Ctrl-C
 
 app = typer.Typer(
     help="Fit the recipes, compare them with their reference posteriors, start one of your own.",
@@ -148,13 +149,16 @@ def run(
         fail(f"There is no reference posterior yet. Make it: python -m recipes reference {name}")
     reference = vi.Reference.load(RECIPES / name / "reference.json")
     folder = output / name
-    folder.mkdir(parents=True, exist_ok=True)
     comparisons = {}
     for label, guide in recipe.GUIDES.items():
         typer.echo(f"{name}, {label} guide\n")
         fit = vi.fit(recipe.model, guide, data, seed=seed)
+        if fit.interrupted:  # `fit` returns what it has then; half a fit is not worth comparing
+            typer.echo(f"Interrupted: nothing was written for the {label} guide.", err=True)
+            raise typer.Exit(INTERRUPTED)
         comparisons[label] = vi.compare(fit, reference)
         typer.echo(f"{fit}\n\n{comparison_text(comparisons[label], recipe)}\n\n")
+        folder.mkdir(parents=True, exist_ok=True)
         file = folder / re.sub(r"\W+", "_", label)
         fit.save(file.with_suffix(".safetensors"))
         fit.plot().savefig(file.with_suffix(".png"), dpi=150)

@@ -72,6 +72,57 @@ def test_run_prints_the_verdict_and_writes_figures_and_fits(tmp_path):
         np.testing.assert_allclose(table["VI mean"], comparison.table["VI mean"])
 
 
+def test_ctrl_c_ends_the_run(tmp_path, monkeypatch):
+    """The second of three guides is interrupted: the first one's files stay, no third is fitted."""
+    fit, fitted = vi.fit, []
+
+    def interrupted_at_the_second(model, guide, data, **options):
+        fitted.append(guide)
+        result = fit(model, guide, data, progress=False, **options)
+        result.interrupted = len(fitted) == 2
+        return result
+
+    monkeypatch.setattr(vi, "fit", interrupted_at_the_second)
+    result = invoke("run", "linear_regression", "--output", tmp_path)
+    first, second, _ = linear_regression.GUIDES
+    assert result.exit_code == 130
+    assert len(fitted) == 2
+    assert result.stderr == f"Interrupted: nothing was written for the {second} guide.\n"
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 3
+    assert {path.stem for path in written} == {re.sub(r"\W", "_", first)}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is SIGINT there")
+def test_ctrl_c_in_a_terminal(tmp_path):
+    # The process signals itself when its first fit starts to optimise: no time left to chance.
+    code = """
+import os, signal
+from recipes.__main__ import app
+from vi_toolkit import fitting
+
+run = fitting.det.run
+def signalled(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+    return run(*arguments, **options)
+fitting.det.run = signalled
+app(["run", "linear_regression", "--output", "."])
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    first, *others = linear_regression.GUIDES
+    assert finished.returncode == 130, finished.stderr
+    assert f"Interrupted: nothing was written for the {first} guide." in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not any(other in finished.stdout for other in others)
+    assert not list(tmp_path.iterdir())
+
+
 def test_run_without_a_reference_says_how_to_make_it(tmp_path, monkeypatch):
     (tmp_path / "linear_regression").mkdir()
     (tmp_path / "linear_regression" / "model.py").touch()

@@ -282,3 +282,22 @@ def test_fits_of_a_gaussian_posterior(guide, verdict, dtype):
     c = compare(fit, exact)
     c.assert_ok()
     assert c.verdict == verdict
+
+
+@pytest.mark.parametrize("other", [None, {"mean": 0.0}, "reference.json"])
+def test_what_is_no_reference_is_named(other):
+    with pytest.raises(TypeError, match=r"vi\.Reference .*Reference\.nuts\(model, data\)") as error:
+        compare(gaussian_fit(), other)
+    assert type(other).__name__ in str(error.value)
+
+
+def test_a_refused_reference_confirms_nothing():
+    fit = gaussian_fit()
+    assert compare(fit, EXACT).verdict == "trust"
+    made = EXACT.made | {"refused": "rank R-hat of z is 1.2 (must be below 1.01)"}
+    comparison = compare(fit, dataclasses.replace(EXACT, made=made))
+    assert comparison.verdict == "do not trust"
+    assert "1.2" in comparison.reasons[0]
+    assert comparison.table["ok"].all()
+    with pytest.raises(AssertionError, match="refused"):
+        comparison.assert_ok()

@@ -4,12 +4,14 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
 
+import vi_toolkit as vi
 from tests.tolerances import Z
 from vi_toolkit import reference as module
 from vi_toolkit.errors import LoadError, ReferenceError
@@ -321,6 +323,46 @@ def test_nuts_is_refused_when_too_short(y):
         short(y)
     with pytest.raises(ReferenceError, match="at least two"):
         short(y, chains=1)
+
+
+def test_what_is_refused_is_not_lost(y, tmp_path):
+    with pytest.raises(ReferenceError, match=r"error\.reference has") as caught:
+        short(y)
+    refused = caught.value.reference
+    assert isinstance(refused, Reference)
+    assert "bulk ESS" in refused.made["refused"]
+    assert refused.made["refused"] in str(caught.value)
+    assert refused.names == ["mu", "log(sigma)"]
+    # 60 draws, but of the posterior: a few of their own standard errors from the exact mean of mu.
+    assert abs(refused.mean[0] - float(y.mean())) < 1.0
+    refused.save(tmp_path / "refused.json")
+    assert Reference.load(tmp_path / "refused.json").made == refused.made
+
+
+def test_what_is_admitted_was_not_refused(nuts):
+    assert "refused" not in nuts.made
+
+
+def test_other_refusals_have_no_reference():
+    with pytest.raises(ReferenceError) as caught:
+        Reference.exact(["a"], [0.0], [[0.0]])
+    assert caught.value.reference is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda y: {"y": y.numpy()}, r'data\["y"\] is a numpy.ndarray where the model needs'),
+        (lambda y: {"y": pd.Series(y)}, r'torch.as_tensor\(data\["y"\].to_numpy\(\)\)'),
+        (lambda y: {"x": y}, r"needs the argument 'y', which data does not have"),
+        (lambda y: {"y": y * torch.nan}, "values that are not finite"),
+        (lambda y: [y], "data is a list"),
+    ],
+    ids=["numpy", "pandas", "another name", "nan", "a list"],
+)
+def test_nuts_checks_its_data(y, data, message):
+    with pytest.raises(vi.PreflightError, match=message):
+        Reference.nuts(location_scale, data(y), draws=30, warmup=50, progress=False)
 
 
 def test_nuts_seed_and_surroundings(y, monkeypatch, capfd):

@@ -33,7 +33,8 @@ class Comparison:
         verdict: "trust" (means, sds and correlations agree with the reference), "trust the means
             only", or "do not trust".
         reasons: sentences behind the verdict.
-        ok: every row is ok and, where the family can have correlations, so are they.
+        ok: every row is ok and, where the family can have correlations, so are they; never against
+            a reference that was refused.
         reference: what the fit was compared with.
         family: the guide's family: "mean-field", "full-rank", "low-rank", "point" or None.
         quantiles: VI quantiles "5%", "25%", "50%", "75%", "95%", each (d,).
@@ -100,6 +101,9 @@ def compare(
     the reasons say so. Nothing else widens a limit: a posterior that is not near-Gaussian is held
     to the same numbers, although the r of a mean-field guide is only approximate there.
 
+    A refused reference (``error.reference`` of a ReferenceError) confirms nothing: its rows can be
+    read, but the verdict is "do not trust".
+
     Args:
         fit: has ``joint`` (``names``, ``flatten``), ``family`` and ``sample(n, seed=...)``.
         reference: of the same model and data.
@@ -110,6 +114,7 @@ def compare(
         seed: of these draws.
 
     Raises:
+        TypeError: ``reference`` is no :class:`~vi_toolkit.Reference`.
         ValueError: fit and reference do not have the same scalars, or a draw is not finite.
 
     Example:
@@ -125,6 +130,7 @@ def compare(
         >>> vi.compare(fit, exact).verdict
         'trust'
     """
+    _check_reference(reference)
     _check_names(list(fit.joint.names), reference.names)
     if draws < 100_000:
         raise ValueError(f"draws is {draws}; compare needs at least 100,000 of them")
@@ -181,6 +187,9 @@ def compare(
     )
 
     names, reasons = reference.names, []
+    refused = reference.made.get("refused")
+    if refused:
+        reasons.append(f"The reference was refused, so it confirms nothing: {refused}.")
     # Means
     if mean_ok.all():
         i = int(np.argmax(np.abs(error)))
@@ -256,7 +265,7 @@ def compare(
             "the reference's own."
         )
 
-    if not mean_ok.all() or bug:
+    if refused or not mean_ok.all() or bug:
         verdict = DO_NOT_TRUST
     elif sd_ok.all() and as_it_is.all() and correlations_ok and fit.family != "point":
         verdict = TRUST
@@ -266,7 +275,7 @@ def compare(
         table=table,
         verdict=verdict,
         reasons=reasons,
-        ok=bool(table["ok"].all() and correlations_ok),
+        ok=bool(not refused and table["ok"].all() and correlations_ok),
         reference=reference,
         family=fit.family,
         quantiles={k: np.quantile(z, p, axis=0) for k, p in LEVELS.items()},
@@ -317,6 +326,17 @@ def _correlations(
     return False, (
         f"Correlations are off: that of {names[i]} and {names[j]} is {ours[i, j]:+.2f}, the "
         f"reference's {theirs[i, j]:+.2f}."
+    )
+
+
+def _check_reference(reference: Any) -> None:
+    if isinstance(reference, Reference):
+        return
+    raise TypeError(
+        "compare needs a vi.Reference to compare the fit with; it was given "
+        f"{type(reference).__name__}. Make one by vi.Reference.nuts(model, data), of a posterior "
+        "known in closed form by vi.Reference.exact(names, mean, covariance), or read one by "
+        "vi.Reference.load(path). Without any, vi.diagnose(fit) judges the fit by itself."
     )
 
 

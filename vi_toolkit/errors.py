@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vi_toolkit.fitting import Fit
+    from vi_toolkit.reference import Reference
 
 
 class VIError(Exception):
@@ -56,7 +57,17 @@ class NotDeterministicError(VIError, ValueError):
 
 
 class ReferenceError(VIError, ValueError):
-    """A reference posterior is refused: inconsistent, or MCMC that has not passed the rules."""
+    """A reference posterior is refused: inconsistent, or MCMC that has not passed the rules.
+
+    Attributes:
+        reference: the refused :class:`~vi_toolkit.Reference` where MCMC ran but was not admitted,
+            so that its numbers can be looked at (``error.reference.table``); else None. Its
+            ``made["refused"]`` says why, and :func:`~vi_toolkit.compare` trusts nothing on it.
+    """
+
+    def __init__(self, message: str, reference: Reference | None = None):
+        self.reference = reference
+        super().__init__(message)
 
 
 class LoadError(VIError, ValueError):

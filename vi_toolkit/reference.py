@@ -11,8 +11,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
+from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform
@@ -30,6 +33,9 @@ from torch.distributions.transforms import IndependentTransform
 from vi_toolkit.errors import LoadError, ReferenceError
 from vi_toolkit.joint import Joint, indices
 from vi_toolkit.modes import find_modes
+from vi_toolkit.preflight.causes import cause
+from vi_toolkit.preflight.data import check_arguments, check_data
+from vi_toolkit.preflight.runs import numerical, run_model
 from vi_toolkit.scope import borrowed_globals, seeded_state
 
 KINDS = ("exact", "enumeration", "quadrature", "nuts")
@@ -330,7 +336,8 @@ class Reference:
             made: how the draws were made. R-hat and effective sample sizes are added to it.
 
         Raises:
-            ReferenceError: refused: the message names the scalar and the number at fault.
+            ReferenceError: refused: the message names the scalar and the number at fault. Where the
+                draws could be summarised but are not admitted, ``error.reference`` has them.
         """
         made = dict(made or {})
         first = next(iter(joint.sites.values()))
@@ -351,13 +358,14 @@ class Reference:
         r_hat = _each(az.rhat, by_chain, method="rank")
         bulk = _each(az.ess, by_chain, method="bulk")
         tail = _each(az.ess, by_chain, method="tail", prob=(0.05, 0.95))
+        faults: list[str] = []
         if kind == "nuts":
             if "divergences" not in made:
                 raise ReferenceError(
                     "a NUTS reference must say how many transitions diverged: "
                     'made={"divergences": ...}'
                 )
-            _admit(joint.names, r_hat, bulk, tail, made["divergences"])
+            faults = _faults(joint.names, r_hat, bulk, tail, made["divergences"])
         covariance = np.atleast_2d(np.cov(flat, rowvar=False))
         sd = np.sqrt(covariance.diagonal())
         # Given the others, scalar i deviates from its regression on them by (Lambda z)_i divided by
@@ -370,30 +378,45 @@ class Reference:
             "bulk_ess": _rounded(bulk.min(), 6),
             "tail_ess": _rounded(tail.min(), 6),
         }
+        if faults:
+            made["refused"] = "; ".join(faults)
         own_scale = []
         for site in joint.sites.values():
             value = own[site.name].reshape(chains, n, -1).numpy()
             labels = [site.name + index for index in indices(site.shape)]
             own_scale += [_draws_row(label, value[:, :, j]) for j, label in enumerate(labels)]
-        return cls(
-            kind=kind,
-            names=list(joint.names),
-            mean=_rounded(flat.mean(0)),
-            sd=_rounded(sd),
-            covariance=_rounded(covariance),
-            mcse_mean=_rounded(_each(az.mcse, by_chain, method="mean"), 4),
-            mcse_sd=_rounded(_each(az.mcse, by_chain, method="sd"), 4),
-            mcse_conditional_sd=_rounded(_each(az.mcse, residuals, method="sd"), 4),
-            quantiles={k: _rounded(np.quantile(flat, p, axis=0)) for k, p in LEVELS.items()},
-            mcse_quantiles={
+        content: dict[str, Any] = {
+            "kind": kind,
+            "names": list(joint.names),
+            "mean": _rounded(flat.mean(0)),
+            "sd": _rounded(sd),
+            "covariance": _rounded(covariance),
+            "mcse_mean": _rounded(_each(az.mcse, by_chain, method="mean"), 4),
+            "mcse_sd": _rounded(_each(az.mcse, by_chain, method="sd"), 4),
+            "mcse_conditional_sd": _rounded(_each(az.mcse, residuals, method="sd"), 4),
+            "quantiles": {k: _rounded(np.quantile(flat, p, axis=0)) for k, p in LEVELS.items()},
+            "mcse_quantiles": {
                 k: _rounded(_each(az.mcse, by_chain, method="quantile", prob=p), 4)
                 for k, p in LEVELS.items()
             },
-            skewness=_rounded(scipy.stats.skew(flat), 4),
-            excess_kurtosis=_rounded(scipy.stats.kurtosis(flat), 4),
-            sites=own_scale,
-            log_evidence=None,
-            made=made,
+            "skewness": _rounded(scipy.stats.skew(flat), 4),
+            "excess_kurtosis": _rounded(scipy.stats.kurtosis(flat), 4),
+            "sites": own_scale,
+            "log_evidence": None,
+            "made": made,
+        }
+        if not faults:
+            return cls(**content)
+        try:
+            refused = cls(**content)
+        except ReferenceError:  # so degenerate that not even its errors are numbers
+            refused = None
+        raise ReferenceError(
+            f"These draws are not admitted as a reference: {made['refused']}. Run longer "
+            "chains (draws=, warmup=), set full_mass=True where the posterior is correlated, raise "
+            "target_accept against divergences, or reparameterise the model."
+            + (" error.reference has the refused numbers." if refused else ""),
+            refused,
         )
 
     @classmethod
@@ -412,13 +435,20 @@ class Reference:
     ) -> Reference:
         """A posterior by Pyro's NUTS, refused unless it passes the admission rules.
 
+        Admitted are draws with rank-normalised split R-hat below 1.01 and bulk and tail effective
+        sample sizes of at least 1,000 for every scalar, and with no divergent transition. The
+        default 4 x 1,000 draws may be too few for that: where scalars are correlated, the tails
+        are heavy or the scales differ, expect to need more draws, ``full_mass`` or both. A refused
+        run is not lost: ``error.reference`` is the Reference that it would have been.
+
         The chains run one after the other, each from its own seed and its own start, uniform on
         (-2, 2) on the unconstrained scale; floating data are taken to float64. The caller's
         random state and parameter store are left as they were.
 
         Args:
             model: Pyro model without discrete latents.
-            data: its keyword arguments.
+            data: its keyword arguments, tensors where the model computes with them; checked as
+                :func:`~vi_toolkit.fit` checks them.
             chains, draws, warmup: numbers per run and per chain.
             seed: the chains' seeds are derived from it.
             progress: show Pyro's progress bar for each chain.
@@ -427,7 +457,9 @@ class Reference:
             command: how to make this reference again; a call of this function if None.
 
         Raises:
-            ReferenceError: rank R-hat, bulk or tail effective sample size, or divergences fail.
+            PreflightError: the data cannot be passed to the model, or the model raises on them.
+            ReferenceError: rank R-hat, bulk or tail effective sample size, or divergences fail;
+                ``error.reference`` has the refused numbers.
 
         Example:
             >>> import pyro, pyro.distributions as dist
@@ -441,7 +473,7 @@ class Reference:
         """
         if chains < 2:
             raise ReferenceError("R-hat compares chains, so a reference needs at least two")
-        data = _in_double(data)
+        data = _checked(model, data)
         seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(chains)]
         collected, diverged = [], []
         for chain_seed in seeds:
@@ -550,6 +582,26 @@ def _in_double(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _checked(model: Callable[..., Any], data: Any) -> dict[str, Any]:
+    """``data`` in float64; PreflightError if they do not suit the model, as before a fit."""
+    if isinstance(data, Mapping):
+        data = _in_double(data)  # first: data of mixed precision are none of NUTS's trouble
+    check_data(data)
+    check_arguments("model", model, data)
+    with (
+        borrowed_globals(rng_state=seeded_state(0), dtype=torch.float64, validate=True),
+        warnings.catch_warnings(),
+        poutine.block(),
+    ):
+        warnings.simplefilter("ignore")
+        attempt = run_model(model, data)
+        # A density that is not finite at one draw of the prior says nothing of the posterior.
+        if attempt.error is not None and not numerical(attempt.error):
+            again = partial(run_model, model)
+            raise cause("model", attempt, data, again) from attempt.error
+    return dict(data)
+
+
 def _versions(*packages: str) -> dict[str, str]:
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {"python": platform.python_version(), **versions}
@@ -580,10 +632,10 @@ def _each(statistic: Callable[..., Any], by_chain: np.ndarray, **options: Any) -
     return np.array([float(statistic(column, **options)) for column in columns])
 
 
-def _admit(
+def _faults(
     names: list[str], r_hat: np.ndarray, bulk: np.ndarray, tail: np.ndarray, divergences: int
-) -> None:
-    """Raise ReferenceError naming every rule that fails, with the worst scalar and its number."""
+) -> list[str]:
+    """Every admission rule that fails, with the worst scalar and its number; empty if none does."""
     faults = []
     # Written so that a NaN fails.
     worst = int(np.argmax(np.where(np.isnan(r_hat), np.inf, r_hat)))
@@ -599,12 +651,7 @@ def _admit(
             )
     if divergences != 0:
         faults.append(f"{divergences} transitions diverged (none may)")
-    if faults:
-        raise ReferenceError(
-            "These draws are not admitted as a reference: " + "; ".join(faults) + ". Run longer "
-            "chains (draws=, warmup=), set full_mass=True where the posterior is correlated, raise "
-            "target_accept against divergences, or reparameterise the model."
-        )
+    return faults
 
 
 def _site_row(name: str, numbers: Iterable[Any], mcse_mean: Any) -> dict[str, Any]:
