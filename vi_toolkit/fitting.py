@@ -604,7 +604,7 @@ class Fit:
                         model_trace.compute_log_prob()
                         trace.compute_log_prob()
                     self._check_subsample(plan, model_trace)
-                    self._check_minibatch_densities(plan, probe)
+                self._check_minibatch_densities(plan, probe)
                 return plan
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 failures.append(f"{type(error).__name__}: {error}".split("\n")[0].rstrip("."))
