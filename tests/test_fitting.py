@@ -608,3 +608,19 @@ def test_a_model_that_raises_at_its_prior_medians(guide):
     rho = fit.sample(4000)["rho"]
     assert fit.converged
     assert abs(float(rho.mean()) - 0.3) < Z * float(rho.std())
+
+
+def test_steps_beyond_convergence():
+    """A fit that has converged goes on when it is asked for more steps."""
+
+    def model():
+        pyro.sample("z", dist.Bernoulli(0.3))
+
+    def guide():
+        p = pyro.param("p", torch.tensor(0.3), constraint=constraints.unit_interval)
+        pyro.sample("z", dist.Bernoulli(p))
+
+    fit = quietly(model, guide, {}, steps=6_000)
+    assert fit.converged
+    assert len(fit.elbo) == 6_000
+    assert float(fit.extend(1_000).params["p"]) == pytest.approx(0.3, abs=0.02)

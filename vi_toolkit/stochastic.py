@@ -150,6 +150,7 @@ class Stochastic:
             self._merge_blocks()  # only more steps make an average more precise
             return True
         if self.converged:
+            self._merge_blocks()  # asked for more steps, the fit goes on with longer blocks
             return True
         self.stage_average, self.blocks = average, []
         self.stage += 1
