@@ -78,8 +78,8 @@ def importance_moments(
         ...     pyro.sample("z", dist.StudentT(5.0, 0.0, 1.0))
         >>> fit = vi.fit(model, AutoNormal, {}, progress=False)
         >>> moments = vi.importance_moments(fit, draws=20_000)
-        >>> round(float(moments.log_evidence), 1)
-        0.0
+        >>> abs(moments.log_evidence) < 0.05
+        True
     """
     joint = fit.joint
     count = draws or affordable_draws(joint, repetitions)
