@@ -150,6 +150,25 @@ def coin_guide(X, y):
     pyro.sample("z", dist.Bernoulli(p))
 
 
+def discrete(X, y):
+    """One latent of each kind that torch draws by an operator of its own."""
+    with pyro.plate("data", len(y)) as rows:
+        b = pyro.sample("b", dist.Bernoulli(X.new_tensor(0.3)))
+        c = pyro.sample("c", dist.Categorical(X.new_tensor([0.2, 0.3, 0.5])))
+        k = pyro.sample("k", dist.Poisson(X.new_tensor(1.5)))
+        pyro.sample("observed", dist.Normal(b + c - k, 1.0), obs=y[rows])
+
+
+def discrete_guide(X, y):
+    logits = pyro.param("logits", X.new_zeros(len(y)))
+    weights = pyro.param("weights", X.new_ones(len(y), 3), constraint=constraints.simplex)
+    rate = pyro.param("rate", X.new_ones(len(y)), constraint=constraints.positive)
+    with pyro.plate("data", len(y)) as rows:
+        pyro.sample("b", dist.Bernoulli(logits=logits[rows]))
+        pyro.sample("c", dist.Categorical(weights[rows]))
+        pyro.sample("k", dist.Poisson(rate[rows]))
+
+
 def cell(name, model, guide, **options):
     return pytest.param(model, guide, options, id=name)
 
@@ -256,6 +275,15 @@ def test_in_double_precision_they_are_the_same_to_ten_digits(guide):
             mixture,
             lambda: AutoNormal(poutine.block(mixture, hide=["k"])),
             estimator=TraceEnum_ELBO(max_plate_nesting=1),
+        ),
+        cell("coin", coin, lambda: coin_guide, double=True),
+        cell(
+            "discrete minibatch",
+            discrete,
+            lambda: discrete_guide,
+            double=True,
+            subsample={"data": 10},
+            estimator=vi.Score(3, vi.ControlVariate()),
         ),
     ],
 )

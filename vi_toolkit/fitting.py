@@ -532,10 +532,6 @@ class Fit:
             discrete = [name for name, site in sites if not reparameterised(site)]
             estimator = Score(8, LeaveOneOut(), sites=discrete) if discrete else Reparam()
         self._estimator = estimator
-        if self._compile == "auto" and isinstance(estimator, Score):
-            # Compiled draws of discrete sites under vmap differ from eager ones; the check of
-            # compiled steps would notice and go back.
-            self._compile = False
         self._optimizer = DEFAULT_RATE if optimizer is None else optimizer
         self._average = average
         self._subsample = dict(subsample) if subsample else None

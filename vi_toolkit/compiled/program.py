@@ -147,20 +147,35 @@ def swap_lookups(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(graph.call_function(aten.index.Tensor, (value, rows)))
 
 
-def shorten_draws(graph: torch.fx.Graph) -> None:
-    """``empty(shape).normal_()`` as ``randn(shape)``: the same numbers by one call, not three."""
+def replace_draws(graph: torch.fx.Graph) -> None:
+    """Write random operators in a form that inductor leaves alone and that gives torch's numbers.
+
+    ``empty(shape).normal_()`` becomes ``randn(shape)``, one call instead of three. ``bernoulli(p)``
+    becomes ``rand(shape) < p`` in p's precision, which is what torch computes; inductor's own
+    decomposition compares with float32 numbers, so that in float64 other values are drawn.
+    """
     for node in list(graph.nodes):
-        if node.target is not aten.normal_functional.default or len(node.args) > 1 or node.kwargs:
-            continue
-        source = node.args[0]
-        while source.target in (aten.detach.default, aten.alias.default):
-            source = source.args[0]
-        if source.target is aten.empty.memory_format:
-            kind = {k: source.kwargs[k] for k in ("dtype", "device") if k in source.kwargs}
+        if node.target is aten.bernoulli.default and len(node.args) == 1 and not node.kwargs:
+            p = node.args[0]
+            shape, kind = list(p.meta["val"].shape), {"dtype": p.meta["val"].dtype}
+            device = {"device": p.meta["val"].device}
             with graph.inserting_before(node):
-                draw = graph.call_function(aten.randn.default, (source.args[0],), kind)
-            node.replace_all_uses_with(draw)
-            graph.erase_node(node)  # as a random operator it would be kept, and draw
+                uniform = graph.call_function(aten.rand.default, (shape,), kind | device)
+                below = graph.call_function(aten.lt.Tensor, (uniform, p))
+                draw = graph.call_function(aten._to_copy.default, (below,), kind)
+        elif node.target is aten.normal_functional.default and len(node.args) == 1:
+            source = node.args[0]
+            while source.target in (aten.detach.default, aten.alias.default):
+                source = source.args[0]
+            if node.kwargs or source.target is not aten.empty.memory_format:
+                continue
+            given = {k: source.kwargs[k] for k in ("dtype", "device") if k in source.kwargs}
+            with graph.inserting_before(node):
+                draw = graph.call_function(aten.randn.default, (source.args[0],), given)
+        else:
+            continue
+        node.replace_all_uses_with(draw)
+        graph.erase_node(node)  # as a random operator it would be kept, and draw
 
 
 def hoist(
@@ -179,7 +194,7 @@ def hoist(
         alone.
     """
     swap_lookups(body.graph)
-    shorten_draws(body.graph)
+    replace_draws(body.graph)
     body.graph.eliminate_dead_code()
     nodes = list(body.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
