@@ -379,9 +379,7 @@ class Fit:
             for name, site in trace.nodes.items():
                 if site["type"] != "sample":
                     continue
-                if type(site["fn"]).__name__ == "_Subsample" and len(site["value"]) < getattr(
-                    site["fn"], "size", 0
-                ):
+                if site_is_subsample(site) and len(site["value"]) < getattr(site["fn"], "size", 0):
                     return f"the plate {name!r} is subsampled"
                 if site["infer"].get("enumerate"):
                     return f"the site {name!r} is enumerated"

@@ -12,6 +12,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to, constraints
 
 from vi_toolkit.vectorise import BAD_POINT, Batched
@@ -65,16 +66,12 @@ def start_value(site: dict[str, Any]) -> torch.Tensor:
         return transform(torch.zeros(transform.inverse_shape(fn.shape())))
 
 
-def _is_subsample(site: dict[str, Any]) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
-
-
 def latent_sites(trace: Any) -> dict[str, dict[str, Any]]:
     """The latent sample sites of a model's trace (plates and auxiliary sites left out)."""
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not _is_subsample(site)
+        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
     }
 
 
@@ -85,7 +82,7 @@ def observed_sites(trace: Any) -> dict[str, dict[str, Any]]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
         and site["is_observed"]
-        and not _is_subsample(site)
+        and not site_is_subsample(site)
         and not site["infer"].get("_deterministic")  # pyro.deterministic
         and type(site["fn"]).__name__ != "Unit"  # pyro.factor
     }
@@ -153,7 +150,7 @@ class _Evaluate(Messenger):
             msg["done"] = True
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if not _is_subsample(msg):
+        if not site_is_subsample(msg):
             log_prob = msg["fn"].log_prob(msg["value"])
             self.total = self.total + scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
 

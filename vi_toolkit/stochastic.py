@@ -28,6 +28,7 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
+from pyro.poutine.util import site_is_subsample
 
 from vi_toolkit.compiled.accelerator import Accelerator
 from vi_toolkit.deterministic import flat, unflat, unique_leaves
@@ -67,7 +68,6 @@ class Stochastic:
             self.optimizer = optimizer(self.leaves)
         else:
             self.optimizer = torch.optim.Adam(self.leaves, lr=optimizer)
-        self.first_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.batches = (
             Minibatches(plan.size, plan.batch, torch.Generator().manual_seed(seed))
             if plan
@@ -354,7 +354,7 @@ def first_index(where: torch.Tensor) -> tuple[int, ...]:
 def first_non_finite(trace: Any, owner: str) -> tuple[str, tuple[int, ...], str] | None:
     """(site, index, sentence) of the first non-finite value or log density in a trace."""
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+        if site["type"] != "sample" or site_is_subsample(site):
             continue
         value = site["value"]
         if torch.is_tensor(value) and value.is_floating_point():

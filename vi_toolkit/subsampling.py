@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 
 
 class Minibatches:
@@ -110,7 +111,7 @@ class SubsamplePlates(Messenger):
         self.indices, self.scales, self.rows = indices, scales, rows or {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if type(msg["fn"]).__name__ == "_Subsample":
+        if site_is_subsample(msg):
             if msg["name"] in self.indices:
                 msg["value"] = self.indices[msg["name"]]
             return

@@ -148,13 +148,12 @@ class PythonState:
             self._compound(name, value, inside)
 
     def _compound(self, name: str, value: Any, inside: bool) -> None:
-        if isinstance(value, (list, tuple, set, frozenset)):
+        if isinstance(value, (list, tuple)):
             self._found[name] = type(value), len(value)
-            if isinstance(value, (list, tuple)):
-                for k, item in enumerate(value):
-                    self._value(f"{name}[{k}]", item, inside)
-            else:
-                self._found[name] = type(value), frozenset(map(_simple, value))
+            for k, item in enumerate(value):
+                self._value(f"{name}[{k}]", item, inside)
+        elif isinstance(value, (set, frozenset)):
+            self._found[name] = type(value), frozenset(map(_simple, value))
         elif isinstance(value, dict):
             self._found[name] = type(value), len(value)
             for k, (key, item) in enumerate(list(value.items())):

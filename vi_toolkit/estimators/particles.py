@@ -24,6 +24,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, warn_if_nan
 from torch.distributions import Independent
 from torch.utils import _pytree as pytree
@@ -39,10 +40,6 @@ Tensors = dict[str, Any]
 # ------------------------------------------------------------------ kinds of sites
 
 
-def is_subsample(site: Site) -> bool:
-    return type(site["fn"]).__name__ == "_Subsample"
-
-
 def is_deterministic(site: Site) -> bool:
     """Whether the site is a point mass: it draws nothing."""
     fn = site["fn"]
@@ -56,14 +53,14 @@ def is_drawn(site: Site) -> bool:
     return (
         site["type"] == "sample"
         and not site["is_observed"]
-        and not is_subsample(site)
+        and not site_is_subsample(site)
         and not is_deterministic(site)
     )
 
 
 def is_term(site: Site) -> bool:
     """Whether the site has a log density."""
-    return site["type"] == "sample" and not is_subsample(site)
+    return site["type"] == "sample" and not site_is_subsample(site)
 
 
 def plates(site: Site) -> dict[str, int]:
@@ -93,7 +90,7 @@ class SameMinibatch(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         fn = self.distributions.get(msg["name"])
-        if fn is None or msg["value"] is not None or not is_subsample(msg):
+        if fn is None or msg["value"] is not None or not site_is_subsample(msg):
             return
         if (fn.size, fn.subsample_size) == (msg["fn"].size, msg["fn"].subsample_size):
             msg["value"] = self.drawn[msg["name"]]
@@ -189,7 +186,7 @@ class ParticleELBO(ELBO):
             name: site["fn"]
             for name, site in (*guide_trace.nodes.items(), *model_trace.nodes.items())
             if site["type"] == "sample"
-            and is_subsample(site)
+            and site_is_subsample(site)
             and site["fn"].subsample_size not in (None, -1, site["fn"].size)
         }
 
@@ -282,7 +279,7 @@ class ParticleELBO(ELBO):
             return run(model, guide, args, kwargs, *handlers)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        return run(model, guide, args, kwargs)
+        return run(model, guide, args, kwargs)  # abstract in Pyro's class
 
 
 def terms_of(model_trace: Any, guide_trace: Any) -> tuple[Tensors, list[Term]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution, Independent
 
 from vi_toolkit.errors import PreflightError
@@ -20,7 +21,6 @@ from vi_toolkit.estimators.particles import (
     Tensors,
     Term,
     is_drawn,
-    is_subsample,
     plates,
     pointwise,
     run,
@@ -234,7 +234,7 @@ class Score(ParticleELBO):
                 rows[axis], cut = given[frame.name], True
                 continue
             node = guide_trace.nodes.get(frame.name)
-            if node is None or not is_subsample(node) or frame.size == frame.full_size == -1:
+            if node is None or not site_is_subsample(node) or frame.size == frame.full_size == -1:
                 continue
             indices, size = node["value"], node["fn"].size
             if frame.size == size and node["fn"].subsample_size is None:

@@ -25,6 +25,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch.distributions import Independent, biject_to
 from torch.overrides import TorchFunctionMode
 
@@ -215,7 +216,7 @@ def _mixing(
     subsamples = {
         n: s["value"]
         for n, s in (*traces[0].nodes.items(), *guide_trace.nodes.items())
-        if s["type"] == "sample" and type(s["fn"]).__name__ == "_Subsample"
+        if site_is_subsample(s)
     }
 
     def densities(given: Mapping[str, torch.Tensor]) -> dict[Key, torch.Tensor]:
