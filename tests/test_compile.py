@@ -750,10 +750,24 @@ def test_an_error_while_compiling_in_mid_fit(monkeypatch):
 
 
 def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    torch.optim.Adam([torch.zeros(1)])  # the first one imports what wants a folder itself
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(program, "_loaded", type(program._loaded)())
     with pytest.raises(vi.CompileError, match="TORCHINDUCTOR_CACHE_DIR"):
+        vi.fit(regression, AutoNormal, DATA, steps=5, compile=True, progress=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files here")
+def test_machine_code_in_the_folder_of_another_user_is_not_loaded(monkeypatch, tmp_path):
+    (tmp_path / "vi_toolkit").mkdir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(program, "_loaded", type(program._loaded)())
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    if (tmp_path / "vi_toolkit").stat().st_uid == 0:
+        monkeypatch.setattr(program, "_TRUSTED", ())
+    with pytest.raises(vi.CompileError, match="belongs to another user"):
         vi.fit(regression, AutoNormal, DATA, steps=5, compile=True, progress=False)
 
 

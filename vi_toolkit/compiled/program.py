@@ -37,6 +37,7 @@ Tensors = list[torch.Tensor]
 
 FORMAT = "1"  # of the folders in the cache and of the loop around a body
 _MOST_LOADED = 64
+_TRUSTED = (0,)  # root
 _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
 
 
@@ -307,6 +308,7 @@ def compile_loop(
     if key not in _loaded:
         try:
             folder = _folder() / key
+            _refuse_others(folder.parent)
             if not (folder / "step.so").exists():
                 with quiet():
                     _build(body, inputs, len(carried), folder)
@@ -357,14 +359,26 @@ def _folder() -> Path:
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}" / "vi_toolkit"
 
 
+def _refuse_others(folder: Path) -> None:
+    """Load no machine code from a folder that somebody else made under the name we expect."""
+    if not hasattr(os, "getuid") or not folder.exists():
+        return
+    if folder.stat().st_uid not in (*_TRUSTED, os.getuid()):
+        raise CompileError(
+            f"the cache folder {folder} belongs to another user; TORCHINDUCTOR_CACHE_DIR names "
+            "another"
+        )
+
+
 def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Path) -> None:
     """Compile into a folder of its own and move it to its place when it is complete."""
+    # First of all: inductor makes its folder on import, and would be left half imported.
+    folder.parent.mkdir(parents=True, exist_ok=True)
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_aot
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     options = {
