@@ -308,7 +308,6 @@ def compile_loop(
     if key not in _loaded:
         try:
             folder = _folder() / key
-            _refuse_others(folder.parent)
             if not (folder / "step.so").exists():
                 with quiet():
                     _build(body, inputs, len(carried), folder)
@@ -359,11 +358,18 @@ def _folder() -> Path:
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}" / "vi_toolkit"
 
 
-def _refuse_others(folder: Path) -> None:
-    """Load no machine code from a folder that somebody else made under the name we expect."""
-    if not hasattr(os, "getuid") or not folder.exists():
-        return
-    if folder.stat().st_uid not in (*_TRUSTED, os.getuid()):
+def check_folder() -> None:
+    """Make the cache folder, before torch's own imports look for it.
+
+    Raises:
+        CompileError: it cannot be made, or is another user's, whose machine code we do not load.
+    """
+    folder = _folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompileError(_compile_reason(error)) from error
+    if hasattr(os, "getuid") and folder.stat().st_uid not in (*_TRUSTED, os.getuid()):
         raise CompileError(
             f"the cache folder {folder} belongs to another user; TORCHINDUCTOR_CACHE_DIR names "
             "another"
@@ -372,8 +378,6 @@ def _refuse_others(folder: Path) -> None:
 
 def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Path) -> None:
     """Compile into a folder of its own and move it to its place when it is complete."""
-    # First of all: inductor makes its folder on import, and would be left half imported.
-    folder.parent.mkdir(parents=True, exist_ok=True)
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_aot
     from torch._subclasses import FakeTensorMode

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 
-from vi_toolkit.compiled.program import compile_loop, functional, hoist, write_in
+from vi_toolkit.compiled.program import check_folder, compile_loop, functional, hoist, write_in
 from vi_toolkit.compiled.tracing import trace_step
 from vi_toolkit.compiled.updates import hyperparameters, rule_for
 from vi_toolkit.errors import CompileError
@@ -54,6 +54,7 @@ class CompiledSteps:
         self.model, self.guide, self.data, self.estimator = model, guide, data, estimator
         self.optimizer, self.plan, self.leaves = optimizer, plan, list(leaves)
         self.loops: dict[int | None, Loop] = {}
+        check_folder()
 
     def loop(self, batch: int | None) -> Loop:
         """The compiled loop for minibatches of this size; None without minibatches."""
