@@ -55,6 +55,7 @@ DEFAULT_RATE = 0.02  # Adam's first step size; annealed from there
 MOST_LATENTS = {"full-rank": 500, "low-rank": 5_000, "mean-field": 20_000}
 MOST_GUIDE_PARAMETERS = 2_000
 MOST_FIRST_WORK = 2e8  # draws times observations of the first round
+COMPILED_WORK = 4e6  # the same, from which a compiled log density pays for its compilation
 
 
 def fit(
@@ -104,10 +105,12 @@ def fit(
         stop: called with the running fit each time a stage is looked at (after 640 steps, 1,280,
             2,560, ...); ends the fit when true.
         average: report the average of the last window of iterates rather than the last iterate.
-        compile: whether the stochastic method compiles its steps: ``True`` insists (and implies
-            that method), ``False`` never does, ``"auto"`` does where the steps asked for number
-            at least 2,000 or are left open, and goes on eagerly, with a warning, where it cannot.
-            The draws are the same either way, and so is the fit, to rounding.
+        compile: whether to compile. ``True`` insists, ``False`` never does, ``"auto"`` does where
+            it pays, and goes on eagerly, with a warning, where it cannot be done. Of the stochastic
+            method the steps are compiled, where those asked for number at least 2,000 or are left
+            open; the draws are the same either way, and so is the fit, to rounding. Of the
+            deterministic method the log density and its gradient are, where the draws of the
+            first round times the observations number at least four million.
         restarts: independent starts; the fit with the best ELBO is kept. The deterministic method
             always tries 16, and takes this many times 16.
         progress: show a progress bar.
@@ -119,7 +122,7 @@ def fit(
         PreflightError: model, guide and data do not fit together.
         NonFiniteError: the ELBO or its gradient is not finite; carries the last good state.
         NotDeterministicError: ``method="deterministic"`` where it cannot be had.
-        CompileError: ``compile=True`` where the step cannot be compiled; it says why.
+        CompileError: ``compile=True``, and it cannot be done; says why.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, vi_toolkit as vi
@@ -173,7 +176,6 @@ def fit(
         "optimizer": optimizer is not None,
         "estimator": estimator is not None and not isinstance(estimator, Reparam),
         "stop": stop is not None,
-        "compile": compile is True,
     }
     stochastic_only = [name for name, given in asked.items() if given]
     if method == "deterministic" and stochastic_only:
@@ -202,10 +204,10 @@ def fit(
         else:
             result.method, result.why = "stochastic", obstacle
 
+    result._compile = compile
     if result.method == "deterministic":
         result._run_deterministic(restarts)
     else:
-        result._compile = compile
         result._run_stochastic(estimator, optimizer, steps, subsample, stop, average, restarts)
     result.seconds = time.monotonic() - began
     if result.interrupted or (not result.converged and steps is None):
@@ -419,6 +421,7 @@ class Fit:
 
         try:
             with self._room(seeded_state(self.seed)):
+                self._compile_density(report)
                 if self._progress is None:
                     problem = self._first_problem(16 * restarts, report)
                     self._progress = det.Progress(problem)
@@ -441,6 +444,13 @@ class Fit:
             bar.close()
         if self._progress is not None and self._progress.rounds == 0 and not self.interrupted:
             self._raise_non_finite()
+
+    def _compile_density(self, report: Callable[[str], None]) -> None:
+        work = self.joint.observations * max(128, 8 * self.joint.dim)
+        wanted = self._compile == "auto" and work >= COMPILED_WORK
+        if self._compile is True or (wanted and self.family is not None):
+            report("compiling the log density")
+            self.joint.compile(insist=self._compile is True)
 
     def _first_problem(self, starts: int, report: Callable[[str], None]) -> det.Problem:
         joint = self.joint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to, constraints
 
+from vi_toolkit.compiled.density import CompiledDensity, compiled_density
 from vi_toolkit.vectorise import BAD_POINT, Batched
 
 
@@ -98,6 +100,7 @@ def prototype(
         return poutine.trace(model).get_trace(**data)
 
 
+COMPILED_ROWS = 16  # draws per call of machine code: few enough to stay in the cache
 ATTEMPTS = 100  # at finding latents at which a model runs
 
 
@@ -213,6 +216,7 @@ class Joint:
         # A draw's work is at least its observations; beyond this many numbers at once a batch
         # leaves the cache and only costs memory.
         self.chunk = max(8, int(2e7 // max(self.observations + self.dim, 1)))
+        self.compiled: CompiledDensity | None = None
         nan = torch.full((), float("nan"), dtype=self.start.dtype)
         self.many = Batched(self.log_density, self.chunk, bad_point=lambda: nan)
         self.many_with_gradient = Batched(
@@ -246,8 +250,25 @@ class Joint:
 
     def gradients(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients (S, d) and values (S,) of the log density at S points (S, d)."""
+        if self.compiled is not None:
+            with contextlib.suppress(*BAD_POINT):  # one bad point fails them all
+                return self.compiled.many(u)
         gradient, value = self.many_with_gradient(u)
         return gradient.detach(), value.detach()
+
+    def compile(self, insist: bool = False) -> None:
+        """Evaluate gradients by machine code from now on, where that can be had.
+
+        Raises:
+            CompileError: ``insist``, and it cannot be compiled.
+        """
+        if self.compiled is not None:
+            return
+        example = self.start.expand(COMPILED_ROWS, -1)
+        self.many_with_gradient(example)  # finds out how vmap can batch the model
+        make = CompiledDensity if insist else compiled_density
+        writes = self.many_with_gradient.writes
+        self.compiled = make(self.log_density, example, state=self.model, writes=writes)
 
     def flatten(self, draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Draws on the model's scale, sample dimension first, to unconstrained vectors (S, d)."""

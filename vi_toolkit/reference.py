@@ -26,13 +26,12 @@ import scipy.special
 import scipy.stats
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS
-from torch.distributions import biject_to
 from torch.distributions.transforms import IndependentTransform
 
 from vi_toolkit.errors import LoadError, ReferenceError
 from vi_toolkit.joint import Joint, indices
 from vi_toolkit.modes import find_modes
+from vi_toolkit.nuts import nuts_draws
 from vi_toolkit.preflight.causes import cause
 from vi_toolkit.preflight.data import check_arguments, check_data
 from vi_toolkit.preflight.runs import numerical, run_model
@@ -431,6 +430,7 @@ class Reference:
         progress: bool = True,
         full_mass: bool = False,
         target_accept: float = 0.8,
+        compile: str | bool = "auto",
         command: str | None = None,
     ) -> Reference:
         """A posterior by Pyro's NUTS, refused unless it passes the admission rules.
@@ -454,10 +454,12 @@ class Reference:
             progress: show Pyro's progress bar for each chain.
             full_mass: adapt a dense mass matrix; worth it for strongly correlated posteriors.
             target_accept: NUTS' target acceptance probability; raise it against divergences.
+            compile: whether the log density is compiled, see :func:`~vi_toolkit.nuts.nuts_draws`.
             command: how to make this reference again; a call of this function if None.
 
         Raises:
             PreflightError: the data cannot be passed to the model, or the model raises on them.
+            CompileError: ``compile=True``, and the log density cannot be compiled.
             ReferenceError: rank R-hat, bulk or tail effective sample size, or divergences fail;
                 ``error.reference`` has the refused numbers.
 
@@ -474,44 +476,26 @@ class Reference:
         if chains < 2:
             raise ReferenceError("R-hat compares chains, so a reference needs at least two")
         data = _checked(model, data)
-        seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(chains)]
-        collected, diverged = [], []
-        for chain_seed in seeds:
-            with borrowed_globals(rng_state=seeded_state(chain_seed), dtype=torch.float64):
-                kernel = NUTS(
-                    model,
-                    full_mass=full_mass,
-                    target_accept_prob=target_accept,
-                    init_strategy=_uniform_start,
-                    # Only enumeration needs the nesting, and Pyro's own guess draws from the prior,
-                    # which an improper prior does not allow.
-                    max_plate_nesting=0,
-                )
-                sampler = MCMC(
-                    kernel, num_samples=draws, warmup_steps=warmup, disable_progbar=not progress
-                )
-                sampler.run(**data)
-                collected.append(sampler.get_samples())
-                diverged.append(len(sampler.diagnostics()["divergences"]["chain 0"]))
-        made = {
-            "method": "NUTS, Pyro's",
-            "chains": chains,
-            "draws": draws,
-            "warmup": warmup,
-            "seed": seed,
-            "chain_seeds": seeds,
-            "full_mass": full_mass,
-            "target_accept": target_accept,
-            "divergences": sum(diverged),
+        by_chain, made = nuts_draws(
+            model,
+            data,
+            chains=chains,
+            draws=draws,
+            warmup=warmup,
+            seed=seed,
+            progress=progress,
+            full_mass=full_mass,
+            target_accept=target_accept,
+            compile=compile,
+        )
+        made |= {
             "versions": _versions("pyro-ppl", "torch", "arviz", "numpy"),
             "command": command
             or f"vi_toolkit.Reference.nuts(model, data, chains={chains}, draws={draws}, "
             f"warmup={warmup}, seed={seed}, full_mass={full_mass}, target_accept={target_accept})",
         }
         with borrowed_globals(rng_state=seeded_state(seed), dtype=torch.float64):
-            joint = Joint(model, data)
-            stacked = {s: torch.stack([c[s] for c in collected]) for s in joint.sites}
-            return cls.from_draws(joint, stacked, "nuts", made)
+            return cls.from_draws(Joint(model, data), by_chain, "nuts", made)
 
     # On disk -------------------------------------------------------------------------------
 
@@ -615,15 +599,6 @@ def _rounded(x: Any, digits: int = 12) -> Any:
 
 
 # Draws -------------------------------------------------------------------------------------
-
-
-def _uniform_start(site: dict[str, Any]) -> torch.Tensor:
-    """A start uniform on (-2, 2) on the unconstrained scale, as Stan's, whatever the prior.
-
-    Pyro's own ``init_to_uniform`` draws from the prior first, which an improper one does not allow.
-    """
-    transform = biject_to(site["fn"].support)
-    return transform(4 * torch.rand(transform.inverse_shape(site["fn"].shape())) - 2)
 
 
 def _each(statistic: Callable[..., Any], by_chain: np.ndarray, **options: Any) -> np.ndarray:

@@ -35,7 +35,7 @@ from vi_toolkit.errors import CompileError
 aten = torch.ops.aten
 Tensors = list[torch.Tensor]
 
-FORMAT = "1"  # of the folders in the cache and of the loop around a body
+FORMAT = "2"  # of the folders in the cache and of the loop around a body
 _MOST_LOADED = 64
 _TRUSTED = (0,)  # root
 _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
@@ -304,13 +304,31 @@ def compile_loop(
         CompileError: there is no working C++ compiler, or inductor cannot compile the loop.
     """
     inputs = [*carried, *fixed]
-    key = _key(body, inputs, len(carried))
+    key = _key(f"loop {len(carried)}", body, inputs)
+    return _program(key, lambda: _loop(body, len(carried), len(inputs)), inputs)
+
+
+def compile_graph(
+    graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]
+) -> Callable[[Tensors], Tensors]:
+    """Compile a graph as it is, to be called with a list of tensors like ``inputs``.
+
+    Raises:
+        CompileError: there is no working C++ compiler, or inductor cannot compile it.
+    """
+    return _program(_key("once", graph, inputs), lambda: graph, inputs)
+
+
+def _program(
+    key: str, graph: Callable[[], torch.fx.GraphModule], inputs: Sequence[torch.Tensor]
+) -> Callable[[Tensors], Tensors]:
+    """The machine code of that name: loaded, found on disk or made."""
     if key not in _loaded:
         try:
             folder = _folder() / key
             if not (folder / "step.so").exists():
                 with quiet():
-                    _build(body, inputs, len(carried), folder)
+                    _build(graph(), inputs, folder)
             runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "step.so"), 1)
         except (KeyboardInterrupt, CompileError):
             raise
@@ -323,7 +341,7 @@ def compile_loop(
     return _loaded[key]
 
 
-def _key(body: torch.fx.GraphModule, inputs: Tensors, carried: int) -> str:
+def _key(kind: str, body: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> str:
     """Everything that the machine code depends on: the same key means the same program."""
     text = "\n".join(
         [
@@ -331,7 +349,7 @@ def _key(body: torch.fx.GraphModule, inputs: Tensors, carried: int) -> str:
             torch.__version__,
             _machine(),
             str(torch.get_num_threads()),
-            str(carried),
+            kind,
             body.code,
             *(f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.device}" for t in inputs),
         ]
@@ -376,7 +394,7 @@ def check_folder() -> None:
         )
 
 
-def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Path) -> None:
+def _build(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], folder: Path) -> None:
     """Compile into a folder of its own and move it to its place when it is complete."""
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_aot
@@ -393,7 +411,7 @@ def _build(body: torch.fx.GraphModule, inputs: Tensors, carried: int, folder: Pa
     try:
         with tracing(TracingContext(mode)), torch.no_grad():
             fake: list[Any] = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
-            compile_fx_aot(_loop(body, carried, len(inputs)), fake, config_patches=options)
+            compile_fx_aot(graph, fake, config_patches=options)
         kept = scratch / "kept"
         kept.mkdir()
         os.rename(scratch / "step.so", kept / "step.so")

@@ -242,14 +242,16 @@ def trace_step(
         Traceback (most recent call last):
         vi_toolkit.errors.CompileError: what the model or guide computes depends on values that ...
     """
-    first, *others = [_record(loss, leaves, x, seed) for seed, x in enumerate(inputs)]
-    for other in others:
-        _same(first, other)
-        # What both recordings have in common lies outside.
-        first.fresh = [
-            f and a is not b
-            for f, a, b in zip(first.fresh, first.constants, other.constants, strict=True)
-        ]
+
+    def step(*given: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+        value = loss(*given)
+        if not torch.is_tensor(value) or not value.requires_grad:
+            raise CompileError("the loss does not depend on any parameter")
+        gradients = torch.autograd.grad(value, list(leaves), allow_unused=True)
+        live = [k for k, g in enumerate(gradients) if g is not None]
+        return (value, *(g for g in gradients if g is not None)), live
+
+    first = _agreed([_record(step, leaves, x, seed) for seed, x in enumerate(inputs)])
     for constant, fresh in zip(first.constants, first.fresh, strict=True):
         if constant.requires_grad and not fresh:
             raise CompileError(
@@ -259,32 +261,60 @@ def trace_step(
     return first
 
 
+def trace_function(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+    inputs: Sequence[Sequence[torch.Tensor]],
+) -> Traced:
+    """Record a function of tensors that has no parameters: log densities and their gradients.
+
+    Args:
+        function: (*inputs) -> tuple of tensors; what else it uses is picked up from outside.
+        inputs: two or more examples of the inputs, equal in shape.
+
+    Raises:
+        CompileError: it cannot be recorded, its recordings differ, or it changes a tensor of the
+            outside in place.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1.0, 3.0])
+        >>> traced = trace_function(lambda u: (u * x,), [(torch.ones(2),), (torch.zeros(2),)])
+        >>> traced.graph(torch.tensor([2.0, 2.0]), x)
+        (tensor([2., 6.]),)
+    """
+
+    def step(*given: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+        return function(*given), []
+
+    first = _agreed([_record(step, (), x, seed) for seed, x in enumerate(inputs)])
+    if first.buffers:
+        raise CompileError("the model changes a tensor in place")
+    return first
+
+
 def _record(
-    loss: Callable[..., torch.Tensor],
+    step: Callable[..., tuple[tuple[torch.Tensor, ...], list[int]]],
     leaves: Sequence[torch.Tensor],
     example: Sequence[torch.Tensor],
     seed: int,
 ) -> Traced:
+    """``step``: (*inputs) -> (tensors to return, positions of the live leaves)."""
     watch = Watch((*leaves, *example))
     live: list[int] = []
     dtypes: list[torch.dtype] = []
 
-    def step(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def recorded_step(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with watch, BookKeeping():
-            value = loss(*inputs)
-            if not torch.is_tensor(value) or not value.requires_grad:
-                raise CompileError("the loss does not depend on any parameter")
-            gradients = torch.autograd.grad(value, list(leaves), allow_unused=True)
-        dtypes.append(value.dtype)
-        live[:] = [k for k, g in enumerate(gradients) if g is not None]
-        return (value.detach().clone(), *(g.clone() for g in gradients if g is not None))
+            out, live[:] = step(*inputs)
+        dtypes.append(out[0].dtype)
+        return tuple(t.detach().clone() for t in out)
 
     random_state = torch.get_rng_state()
     torch.manual_seed(seed)  # so that no two recordings see the same draws
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they came when the step ran eagerly
-            recorded = make_fx(step)(*example)
+            recorded = make_fx(recorded_step)(*example)
     except CompileError:
         raise
     except Exception as error:
@@ -363,6 +393,19 @@ def _lift(
     outside = torch.fx.GraphModule({}, graph)  # without the constants
     fresh = [True] * len(constants)
     return Traced(outside, live, buffers, constants, fresh, watch.read, dtypes[0])
+
+
+def _agreed(recordings: Sequence[Traced]) -> Traced:
+    """The first of several recordings of one step, which must be the same."""
+    first, *others = recordings
+    for other in others:
+        _same(first, other)
+        # What both recordings have in common lies outside.
+        first.fresh = [
+            f and a is not b
+            for f, a, b in zip(first.fresh, first.constants, other.constants, strict=True)
+        ]
+    return first
 
 
 def _same(one: Traced, other: Traced) -> None:
