@@ -152,7 +152,7 @@ class _Evaluate(Messenger):
             msg["is_observed"] = True
             msg["done"] = True
 
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_post_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):
             log_prob = msg["fn"].log_prob(msg["value"])
             self.total = self.total + scale_and_mask(log_prob, msg["scale"], msg["mask"]).sum()
@@ -215,7 +215,7 @@ class Joint:
         self.start = self.flatten({n: trace.nodes[n]["value"][None] for n in self.sites})[0]
         # A draw's work is at least its observations; beyond this many numbers at once a batch
         # leaves the cache and only costs memory.
-        self.chunk = max(8, int(2e7 // max(self.observations + self.dim, 1)))
+        self.chunk = max(8, int(1e6 // max(self.observations + self.dim, 1)))
         self.compiled: CompiledDensity | None = None
         nan = torch.full((), float("nan"), dtype=self.start.dtype)
         self.many = Batched(self.log_density, self.chunk, bad_point=lambda: nan)

@@ -60,7 +60,8 @@ def nuts_draws(
 
     Raises:
         CompileError: ``compile=True``, and it cannot be compiled.
-        ReferenceError: no start with a finite density was found.
+        ReferenceError: fewer than 4 draws are asked for, or no start with a finite density was
+            found.
 
     References:
         Hoffman and Gelman, "The No-U-Turn Sampler", 2014.
@@ -75,6 +76,8 @@ def nuts_draws(
         >>> draws["mu"].shape, made["compiled"]
         (torch.Size([2, 10]), False)
     """
+    if draws < 4:
+        raise ReferenceError("the diagnostics of a chain need at least 4 draws")
     with borrowed_globals(rng_state=seeded_state(seed), dtype=torch.float64):
         joint = Joint(model, data)
         density = None
@@ -134,7 +137,7 @@ class _MinusDensity(torch.autograd.Function):
         return -value[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return -grad * ctx.saved_tensors[0], None
 
 

@@ -110,7 +110,7 @@ class SubsamplePlates(Messenger):
         super().__init__()
         self.indices, self.scales, self.rows = indices, scales, rows or {}
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             if msg["name"] in self.indices:
                 msg["value"] = self.indices[msg["name"]]

@@ -14,11 +14,11 @@ from typing import Any
 import pyro
 import torch
 
-from vi_toolkit.compiled.program import check_folder, compile_graph, functional, hoist
+from vi_toolkit.compiled.program import check_folder, compile_graph, functional, hoist, quiet
 from vi_toolkit.compiled.tracing import Watch, trace_function
 from vi_toolkit.compiled.watching import PythonState, effects
 from vi_toolkit.errors import CompileError, CompileWarning
-from vi_toolkit.vectorise import vmap
+from vi_toolkit.vectorise import BAD_POINT, vmap
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 
@@ -57,15 +57,21 @@ class CompiledDensity:
         function = vmap(torch.func.grad_and_value(log_density), writes)
         example = example.detach().clone()
         before = PythonState(state)
-        with pyro.validation_enabled(False), Watch() as watch, effects() as found:
-            expected = function(example)
+        try:
+            with quiet(), pyro.validation_enabled(False), Watch() as watch, effects() as found:
+                expected = function(example)
+        except BAD_POINT as error:
+            text = str(error).split("\n")[0][:200]
+            raise CompileError(
+                f"the model does not run over many draws at once ({text})"
+            ) from error
         changed = before.changed()
         watch.undo()
         if found or watch.changed or changed:
             what = f"calls {found[0]}()" if found else f"changes {changed or 'a tensor'}"
             raise CompileError(f"the model {what} when it runs")
         other = example + 0.01 * example.abs().clamp_min(0.1)
-        with pyro.validation_enabled(False):
+        with quiet(), pyro.validation_enabled(False):
             traced = trace_function(function, [(example,), (other,)])
             graph = functional(traced.graph, [example, *traced.constants])
         once, each, _ = hoist(graph, 1, traced.fresh)

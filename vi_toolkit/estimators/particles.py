@@ -33,7 +33,7 @@ from vi_toolkit.errors import PreflightError
 from vi_toolkit.noise import FunctionalNoise
 from vi_toolkit.vectorise import Batched
 
-Site = dict[str, Any]
+Site = Any  # a node of a Pyro trace, or the message that becomes one
 Tensors = dict[str, Any]
 
 
