@@ -169,6 +169,24 @@ def discrete_guide(X, y):
         pyro.sample("k", dist.Poisson(rate[rows]))
 
 
+def shares(X, y):
+    with pyro.plate("groups", 3):
+        g = pyro.sample("g", dist.Gamma(X.new_tensor(2.0), X.new_tensor(1.0)))
+        w = pyro.sample("w", dist.Dirichlet(X.new_ones(4)))
+        b = pyro.sample("b", dist.Beta(X.new_tensor(2.0), X.new_tensor(3.0)))
+    pyro.sample("observed", dist.Normal((g * b * w[..., 0]).sum(), 1.0), obs=y[0])
+
+
+def shares_guide(X, y):
+    def positive(name, shape):
+        return pyro.param(name, 1.5 * X.new_ones(shape), constraint=constraints.positive)
+
+    with pyro.plate("groups", 3):
+        pyro.sample("g", dist.Gamma(positive("shape", (3,)), positive("rate", (3,))))
+        pyro.sample("w", dist.Dirichlet(positive("weights", (3, 4))))
+        pyro.sample("b", dist.Beta(positive("plus", (3,)), positive("minus", (3,))))
+
+
 def cell(name, model, guide, **options):
     return pytest.param(model, guide, options, id=name)
 
@@ -277,6 +295,7 @@ def test_in_double_precision_they_are_the_same_to_ten_digits(guide):
             estimator=TraceEnum_ELBO(max_plate_nesting=1),
         ),
         cell("coin", coin, lambda: coin_guide, double=True),
+        cell("shares", shares, lambda: shares_guide, double=True, estimator=vi.Reparam(5)),
         cell(
             "discrete minibatch",
             discrete,

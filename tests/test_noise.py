@@ -1,3 +1,4 @@
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -109,3 +110,47 @@ def test_functional_noise_gives_each_draw_its_own_numbers_under_vmap():
 
     draws = torch.func.vmap(draw, randomness="different")(torch.zeros(1000))
     assert draws.unique().numel() > 990
+
+
+@pytest.mark.parametrize("kind", ["Beta", "Dirichlet"])
+@pytest.mark.parametrize("plate", [None, 2])
+def test_beta_and_dirichlet_sites_are_drawn_in_one_batch(kind, plate):
+    """Independent draws of the right distribution, with torch's implicit gradient of their mean."""
+    size = [] if plate is None else [plate]
+    weights = torch.tensor([0.7, 2.0, 1.3], dtype=torch.float64).expand([*size, 3]).clone()
+    weights.requires_grad_()
+    fn = dist.Dirichlet(weights) if kind == "Dirichlet" else dist.Beta(weights[..., 0], 2.0)
+    n = 20_000
+
+    def draw(_):
+        with FunctionalNoise(), pyro.plate_stack("plates", size):
+            return pyro.sample("w", fn)
+
+    batched = Batched(draw, random=True)
+    torch.manual_seed(0)
+    x = batched(torch.zeros(n))
+    assert batched.vectorises
+    error = (fn.variance / n).sqrt()
+    assert ((x.mean(0) - fn.mean).abs() < Z * error).all()
+    fourth = (x.detach() - fn.mean.detach()) ** 4
+    assert ((x.var(0) - fn.variance).abs() < Z * (fourth.mean(0) / n).sqrt()).all()
+    assert x.detach().reshape(n, -1)[:, 0].unique().numel() > 0.99 * n
+    # d mean / d weights, by 40 blocks of draws, whose spread gives the error
+    (exact,) = torch.autograd.grad(
+        (fn.mean[..., 0] if kind == "Dirichlet" else fn.mean).sum(), weights, retain_graph=True
+    )
+    blocks = x.reshape(40, n // 40, -1).mean(1)[:, 0 :: 3 if kind == "Dirichlet" else 1].sum(1)
+    found = torch.stack(
+        [torch.autograd.grad(block, weights, retain_graph=True)[0] for block in blocks]
+    )
+    error = found.std(0) / 40**0.5
+    assert ((found.mean(0) - exact).abs() <= Z * error).all()
+
+
+def test_a_distribution_made_while_validation_was_on_is_batched():
+    with pyro.validation_enabled(True):
+        fn = dist.Normal(torch.tensor(0.0), torch.tensor(1.0), validate_args=True)
+    batched = Batched(fn.log_prob)
+    x = torch.tensor([0.0, 1.0, 2.0])
+    assert torch.allclose(batched(x), -0.5 * x**2 - 0.5 * torch.log(torch.tensor(2 * torch.pi)))
+    assert batched.vectorises

@@ -8,9 +8,13 @@ that noise (deterministic VI), or to draw it for many samples at once under ``to
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from pyro.poutine.messenger import Messenger
 from scipy import special
+from torch.distributions import Dirichlet, Independent
 from torch.overrides import TorchFunctionMode
 
 _GAMMA = torch._standard_gamma
@@ -24,7 +28,16 @@ class UnsupportedNoise(ValueError):
 
 
 class FunctionalNoise(TorchFunctionMode):
-    """Turn in-place random fills into functional ones, so that ``vmap`` can batch them."""
+    """Turn random fills into functions that ``vmap`` can batch, with another draw for each row."""
+
+    def __enter__(self):
+        self._sites = _DirichletSites()
+        self._sites.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._sites.__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -35,6 +48,49 @@ class FunctionalNoise(TorchFunctionMode):
         if func is torch.Tensor.uniform_ and len(args) == 1 and not kwargs:
             return torch.rand_like(args[0])
         return func(*args, **kwargs)
+
+
+class _DirichletSites(Messenger):
+    """Draw Beta and Dirichlet sites by a function that ``vmap`` knows: torch's own is closed to it.
+
+    The draws and their implicit gradient are torch's.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        while isinstance(fn, Independent):
+            fn = fn.base_dist
+        dirichlet = getattr(fn, "_dirichlet", fn)
+        if msg["done"] or msg["is_observed"] or not isinstance(dirichlet, Dirichlet):
+            return
+        concentration = dirichlet.concentration
+        # A tensor that is the same for all rows would be drawn from once, for all of them.
+        each_row = 0 * torch.rand((), dtype=concentration.dtype, device=concentration.device)
+        value = _ImplicitDirichlet.apply(concentration + each_row)
+        msg["value"] = value[..., 0] if fn is not dirichlet else value
+        msg["done"] = True
+
+
+class _ImplicitDirichlet(torch.autograd.Function):
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(concentration):
+        return torch._sample_dirichlet(concentration)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        concentration, x = ctx.saved_tensors
+        total = concentration.sum(-1, True).expand_as(concentration)
+        return torch._dirichlet_grad(x, concentration, total) * (grad - (x * grad).sum(-1, True))
+
+    @staticmethod
+    def vmap(info, in_dims, concentration):
+        return _ImplicitDirichlet.apply(concentration.movedim(in_dims[0], 0).contiguous()), 0
 
 
 class RecordNoise(TorchFunctionMode):

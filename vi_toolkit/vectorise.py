@@ -60,14 +60,31 @@ class InPlaceWrites(TorchFunctionMode):
         return out
 
 
+class Unchecked(TorchFunctionMode):
+    """Skip the value checks of distributions made elsewhere, while validation was on.
+
+    Those made inside a fit have none. ``vmap`` and a tracer cannot branch on a value.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch._is_all_true:  # only distributions ask this
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 def vmap(f: Callable[..., Any], writes: bool = False, randomness: str = "error") -> Callable:
-    """``torch.func.vmap``, with :class:`InPlaceWrites` where ``writes``."""
+    """``torch.func.vmap`` of an :class:`Unchecked` f, with :class:`InPlaceWrites` if ``writes``."""
+
+    def unchecked(*args: torch.Tensor) -> Any:
+        with Unchecked():
+            return f(*args)
+
     if not writes:
-        return torch.func.vmap(f, randomness=randomness)
+        return torch.func.vmap(unchecked, randomness=randomness)
 
     def with_writes(zero: torch.Tensor, *args: torch.Tensor) -> Any:
         with InPlaceWrites(zero):
-            return f(*args)
+            return unchecked(*args)
 
     batched = torch.func.vmap(with_writes, randomness=randomness)
     return lambda *args: batched(torch.zeros(len(args[0])), *args)

@@ -35,7 +35,7 @@ from vi_toolkit.errors import CompileError
 aten = torch.ops.aten
 Tensors = list[torch.Tensor]
 
-FORMAT = "2"  # of the folders in the cache and of the loop around a body
+FORMAT = "3"  # of the folders in the cache and of the loop around a body
 _MOST_LOADED = 64
 _TRUSTED = (0,)  # root
 _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()

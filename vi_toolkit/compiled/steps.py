@@ -367,7 +367,7 @@ class Loop:
         versions = tuple(t._version for t in self.constants)
         if versions != self.versions:
             with torch.no_grad():
-                values = list(self.once(*self.constants))
+                values = [t.contiguous() for t in self.once(*self.constants)]
             self.invariants = values if self.inputs is None else [values[k] for k in self.inputs]
             self.versions = versions
             self.read_versions = [t._version for t in self.read]

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from vi_toolkit.errors import CompileError
+from vi_toolkit.vectorise import Unchecked
 
 aten = torch.ops.aten
 
@@ -304,7 +305,7 @@ def _record(
     dtypes: list[torch.dtype] = []
 
     def recorded_step(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with watch, BookKeeping():
+        with watch, BookKeeping(), Unchecked():
             out, live[:] = step(*inputs)
         dtypes.append(out[0].dtype)
         return tuple(t.detach().clone() for t in out)
