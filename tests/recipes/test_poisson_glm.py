@@ -75,7 +75,7 @@ def test_adding_up_people_with_the_same_predictors_loses_nothing():
 def test_mixed_model_has_its_plates():
     check_latents(mixed, MIXED_LATENTS, load_data("sample"), coords())
     data, truth = simulate(2, form=mixed)
-    check_latents(mixed, MIXED_LATENTS, data, {})
+    check_latents(mixed, MIXED_LATENTS, data, {"predictors": ["a", "b", "c"]})
     assert set(truth) == set(MIXED_LATENTS)
 
 
@@ -160,7 +160,7 @@ def test_verdicts_of_the_regression(fits):
         comparison.assert_ok()
     assert comparisons["full-rank"].verdict == "trust"
     assert comparisons["mean-field"].verdict == "trust the means only"
-    assert comparisons["mean-field"].table["sd ratio"].min() < 0.5
+    assert comparisons["mean-field"].table["sd ratio"].min() < 0.8
 
 
 def test_visits_are_overdispersed(fits):
@@ -206,12 +206,16 @@ def test_mean_field_is_too_narrow_and_linear_response_is_not(mixed_exact):
     mean, sd, response_sd = mixed_exact
     assert reference.names[0] == "intercept"
     assert reference.names[GLOBALS - 1] == "log(sd)"
-    # One person of the sample is in poor health. Her rate and that coefficient cannot be told apart,
-    # and their posterior is skewed (-0.95): there linear response falls short too.
+    # Two people of the sample are in poor health, and neither saw a doctor. Their rates and that
+    # coefficient cannot be told apart, and are skewed (-0.95): linear response falls short there.
     poor = reference.names.index(f"coefficients[{coords()['predictors'].index('health poor')}]")
-    her = reference.names.index("log_rate[0]") + int(load_data("sample")["X"][:, -1].argmax())
-    usual = np.setdiff1d(np.arange(len(mean)), [poor, her])
-    assert abs(reference.skewness[poor]) > 0.5 > np.abs(reference.skewness[usual]).max() * 0.9
+    theirs = reference.names.index("log_rate[0]") + np.flatnonzero(
+        load_data("sample")["X"][:, -1] > 1
+    )
+    assert len(theirs) == 2
+    usual = np.setdiff1d(np.arange(len(mean)), [poor, *theirs])
+    assert abs(reference.skewness[poor]) > 0.9
+    assert np.abs(reference.skewness[usual]).max() < 0.6
     ratio, corrected = sd / reference.sd, response_sd / reference.sd
     assert ratio[:GLOBALS].max() < 0.75
     # 10 % holds the response's own error, up to 6 %, and the reference's standard error of 1.4 %.
