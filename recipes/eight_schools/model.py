@@ -1,4 +1,4 @@
-"""Eight schools: a hierarchical Normal model with known sampling errors, in two parameterisations."""
+"""Eight schools: a hierarchical Normal model with known standard errors, in two forms."""
 
 import pyro
 import pyro.distributions as dist

@@ -39,7 +39,7 @@ def load_data(split="train"):
     "income": (n,), group numbers from 0.
 
     split: "train" (n = 708, the default), "test" (236) or "all" (944); the quarter held out is
-    chosen at random once, stratified by the vote. y is 1 for Dole. X is centred and scaled with the
+    chosen at random once, stratified by the vote. y is 1 for Dole. X is centred and scaled by the
     mean and sd of the training rows in every split. Groups without a training row keep their number.
 
     >>> {name: tuple(value.shape) for name, value in load_data("test").items()}

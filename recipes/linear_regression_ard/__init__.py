@@ -18,7 +18,7 @@ its 64 squares and products; 100 of 442 patients are held out.
 """
 
 from .data import compress, coords, load_data, simulate
-from .guide import GUIDES, conditional, full_rank, guide, mean_field
+from .guide import GUIDES, conditional, full_rank, guide, mean_field, of_collapsed
 from .mcmc import draw_relevance, reference
 from .model import LATENTS, collapsed, model
 
@@ -35,6 +35,7 @@ __all__ = [
     "load_data",
     "mean_field",
     "model",
+    "of_collapsed",
     "reference",
     "simulate",
 ]

@@ -36,7 +36,7 @@ def load_data(split="cells"):
       (2760,) their visits in total, exposure: (2760,) how many they are. A sum of independent
       Poissons is Poisson, so this loses nothing that the model could use.
     - "all", for `model` too: X: (20190, 9), y: (20190,).
-    - "sample", for `mixed`, which has a latent for each row: X: (100, 9), y: (100,), 100 rows chosen
+    - "sample", for `mixed`, with a latent for each row: X: (100, 9), y: (100,), 100 rows chosen
       at random once.
 
     >>> {name: tuple(value.shape) for name, value in load_data().items()}

@@ -24,8 +24,8 @@ from .model import linear_predictor, mixed, model, person_sd
 MIXED_REFERENCE = Path(__file__).with_name("mixed_reference.json")
 
 # Nodes u of log_rate = eta + sd u. The likelihood's width in u is about 1 / (sd sqrt(y)): 0.16 for
-# the largest count of the sample, 29. There the trapezoidal rule with step h = 0.1 is off by a factor
-# of 2 exp(-2 pi^2 (width / h)^2), below 1e-20 (Trefethen and Weideman, 2014).
+# the largest count of the sample, 29. There the trapezoidal rule with step h = 0.1 is off by a
+# factor of 2 exp(-2 pi^2 (width / h)^2), below 1e-20 (Trefethen and Weideman, 2014).
 _NODES = torch.arange(-7.0, 7.05, 0.1, dtype=torch.float64)
 _LOG_WEIGHTS = dist.Normal(0.0, 1.0).log_prob(_NODES) + np.log(0.1)
 

@@ -65,7 +65,7 @@ def test_simulated_design():
 
 
 def test_compressed_data_have_the_same_posterior():
-    data, truth = simulate(1, observations=300, predictors=6)
+    data, _ = simulate(1, observations=300, predictors=6)
     small = compress(**data)
     assert small["X"].shape == (6, 6)
     rng = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def test_compressed_data_have_the_same_posterior():
 
 def test_collapsed_model_and_exact_relevances_make_the_model():
     # log p(model) - log p(collapsed) = log Gamma density of the relevances, at every point.
-    data, truth = simulate(2, observations=20, predictors=3)
+    data, _ = simulate(2, observations=20, predictors=3)
     rng = np.random.default_rng(1)
     for _ in range(5):
         variance, w = np.float64(rng.gamma(2.0)), rng.normal(size=3)
@@ -110,9 +110,7 @@ def test_log_predictive_densities_by_hand():
         "variance": torch.tensor([1.0, 4.0]).double(),
     }
     X, y = torch.tensor([[1.0]]).double(), torch.tensor([1.5]).double()
-    expected = np.log(
-        (scipy.stats.norm.pdf(1.5, 1, 1) + scipy.stats.norm.pdf(1.5, 2, 2)) / 2
-    )
+    expected = np.log((scipy.stats.norm.pdf(1.5, 1, 1) + scipy.stats.norm.pdf(1.5, 2, 2)) / 2)
     assert float(log_predictive_densities(draws, X, y)[0]) == pytest.approx(expected)
 
 

@@ -42,7 +42,7 @@ def mixed_fit():
 
 @pytest.fixture(scope="module")
 def mixed_exact():
-    """Mean, sd and linear-response sd of the mixed model's best mean-field Gaussian, (111,) each."""
+    """Mean, sd, linear-response sd of the mixed model's best mean-field Gaussian: (111,) each."""
     mean, sd, covariance = mixed_optimum(**load_data("sample"))
     return mean, sd, np.sqrt(np.diag(covariance))
 
