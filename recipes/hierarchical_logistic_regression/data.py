@@ -40,7 +40,7 @@ def load_data(split="train"):
 
     split: "train" (n = 708, the default), "test" (236) or "all" (944); the quarter held out is
     chosen at random once, stratified by the vote. y is 1 for Dole. X is centred and scaled by the
-    mean and sd of the training rows in every split. Groups without a training row keep their number.
+    training mean and sd in every split. Groups without a training row keep their number.
 
     >>> {name: tuple(value.shape) for name, value in load_data("test").items()}
     {'X': (236, 3), 'party': (236,), 'education': (236,), 'income': (236,), 'y': (236,)}

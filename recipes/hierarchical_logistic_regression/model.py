@@ -32,7 +32,7 @@ def model(X, party, education, income, y=None):
             + education_sd education_score[k] + income_sd income_score[l]
     y ~ Bernoulli(logit)                                       for each voter
 
-    Party is centred: about a hundred voters a group determine the effect, whatever party_sd is.
+    Party is centred: 30 to 150 voters a group determine the effect, whatever party_sd is.
     Education and income are non-centred: their small groups say little, and the effects' scale is
     what is uncertain. X: (voters, predictors), without a column of ones. party, education, income:
     (voters,), the number of the voter's group. y: (voters,) of zeros and ones, floating point, or
