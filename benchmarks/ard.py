@@ -64,10 +64,13 @@ def main():
         return fit
 
     minibatch = {"subsample": {"rows": 256}} if options.whole else {}
-    for steps in (100, 300, 1_000):
-        fit = variational(f"{steps} eager steps", steps=steps, compile=False, **minibatch)
-    if not options.whole:
-        fit = variational("deterministic, to convergence")
+    for steps in (100, 1_000):
+        variational(f"{steps} eager steps", steps=steps, compile=False, **minibatch)
+    if options.whole:
+        fit = variational("minibatches, defaults", **minibatch)
+    else:
+        fit = variational("deterministic, defaults")
+    print(f"       {fit.convergence}")
     center = fit.sample(4_000)["coefficients"].mean(0)
 
     began, scoring = time.process_time(), 0.0
