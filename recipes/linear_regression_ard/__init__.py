@@ -10,10 +10,11 @@ rows with 250 predictors, half of them null (`simulate`). The real data are the 
 its 64 squares and products; 100 of 442 patients are held out.
 
 >>> import vi_toolkit as vi
->>> from recipes.linear_regression_ard import coords, guide, load_data, model
->>> fit = vi.fit(model, guide, load_data(), progress=False)
->>> relevance = fit.sample(1000)["relevance"].log().mean(0)
->>> coords()["predictors"][int(relevance.argmin())]
+>>> from pyro.infer.autoguide import AutoMultivariateNormal
+>>> from recipes.linear_regression_ard import collapsed, coords, load_data
+>>> fit = vi.fit(collapsed, AutoMultivariateNormal, load_data(), progress=False)
+>>> w = fit.sample(1000)["coefficients"]
+>>> coords()["predictors"][int((w.mean(0) / w.std(0)).argmax())]
 'bmi'
 """
 
