@@ -66,8 +66,8 @@ def log_rates(draws, X, y, seed=0):
 def _chains(form, data, chains, draws, warmup, seed, progress):
     """Draws by Pyro's NUTS, {site: (chains, draws, ...)}, and a record of how they were made.
 
-    full_mass, since coefficients of related predictors are correlated; jit_compile, since tracing the
-    model anew at every step would take most of the time.
+    full_mass, since coefficients of related predictors are correlated; jit_compile, since running
+    the model's Python at every step would take most of the time.
     """
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(chains)]
     collected, divergences = [], 0
