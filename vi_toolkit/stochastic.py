@@ -40,6 +40,9 @@ FIRST_BLOCK = 10  # steps per block at the start
 SHRINK = 0.25  # of the step size from stage to stage
 ERROR_TOLERANCE = 0.02  # posterior sds
 MOST_STEPS = 40_000  # when neither steps nor convergence end the fit
+# The average of T steps on minibatches of B out of N data is off by sqrt(N / (B T)) posterior sds
+# at best, so that small minibatches take long; compiled steps can afford it.
+MOST_COMPILED_STEPS = 200_000
 
 
 class Stochastic:
@@ -81,6 +84,7 @@ class Stochastic:
         self.block_sum = torch.zeros_like(flat(self.leaves))
         self.blocks: list[torch.Tensor] = []
         self.stage_average: torch.Tensor | None = None  # of the last completed stage
+        self.stage_noise: torch.Tensor | None = None  # its standard error
         self.error = math.inf
         self.elbo: list[float] = []
         self.accelerator = Accelerator(self, compile)
@@ -139,12 +143,14 @@ class Stochastic:
             self._merge_blocks()
             return True
         units, average = self.natural_units(), tail.mean(0)
-        noise = float((monte_carlo_error(tail) * units).max())
+        noises = monte_carlo_error(tail)
+        noise = float((noises * units).max())
         self.error = math.inf
-        if self.stage_average is not None:
+        if self.stage_average is not None and self.stage_noise is not None:
             # A bias linear in the step size shrinks fourfold a stage, so a third of the move
-            # between stages remains.
-            moved = float(((average - self.stage_average).abs() * units).max())
+            # between stages remains: of what is left of the move without the two averages' noise.
+            square = (average - self.stage_average) ** 2 - self.stage_noise**2 - noises**2
+            moved = float((square.clamp_min(0).sqrt() * units).max())
             self.error = max(noise, moved * SHRINK / (1 - SHRINK))
         if self.stage_average is not None and noise > ERROR_TOLERANCE:
             self._merge_blocks()  # only more steps make an average more precise
@@ -152,7 +158,7 @@ class Stochastic:
         if self.converged:
             self._merge_blocks()  # asked for more steps, the fit goes on with longer blocks
             return True
-        self.stage_average, self.blocks = average, []
+        self.stage_average, self.stage_noise, self.blocks = average, noises, []
         self.stage += 1
         for group in self.optimizer.param_groups:
             group["lr"] *= SHRINK
@@ -226,15 +232,13 @@ class Stochastic:
                 so far, the ELBOs of the new ones and the error so far.
             stop: asked after each look at a stage; the fit's own rule if None.
         """
-        end = self.step + steps if steps is not None else MOST_STEPS
+        end = None if steps is None else self.step + steps
         torch.set_rng_state(self.rng)
         try:
-            self.accelerator.begin(end - self.step if steps is not None else None)
-            while self.step < end:
+            self.accelerator.begin(steps)
+            while (left := self._left(end)) > 0:
                 # A block's sum must not run on into the next.
-                elbos = self.accelerator.take(
-                    min(end - self.step, self.block_length - self.in_block)
-                )
+                elbos = self.accelerator.take(min(left, self.block_length - self.in_block))
                 looked = self.watch()
                 report(self.step, elbos, self.error)
                 if looked and (stop(self) if stop else steps is None and self.converged):
@@ -244,6 +248,11 @@ class Stochastic:
             self.accelerator.finish()
         finally:
             self.rng = torch.get_rng_state()
+
+    def _left(self, end: int | None) -> int:
+        if end is None:
+            end = MOST_COMPILED_STEPS if self.accelerator.compiles else MOST_STEPS
+        return end - self.step
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit, as nested dicts of tensors and numbers."""
@@ -259,6 +268,7 @@ class Stochastic:
             "block_sum": self.block_sum,
             "blocks": torch.stack(self.blocks) if self.blocks else None,
             "stage_average": self.stage_average,
+            "stage_noise": self.stage_noise,
             "error": self.error,
             "elbo": torch.tensor(self.elbo, dtype=torch.float64),
             "estimator": self.estimator.state() if hasattr(self.estimator, "state") else {},
@@ -275,6 +285,7 @@ class Stochastic:
         self.block_sum = state["block_sum"]
         self.blocks = list(state["blocks"]) if state["blocks"] is not None else []
         self.stage_average = state["stage_average"]
+        self.stage_noise = state.get("stage_noise")
         self.error = float(state["error"])
         self.elbo = state["elbo"].tolist()
         if hasattr(self.estimator, "load_state"):

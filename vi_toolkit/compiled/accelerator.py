@@ -60,6 +60,11 @@ class Accelerator:
         self.unchecked = False
         self.verified: dict[str, Any] | None = None
 
+    @property
+    def compiles(self) -> bool:
+        """Whether steps are being compiled (though a short minibatch may be taken eagerly)."""
+        return self.wanted and not self.reason and self.steps is not None
+
     def begin(self, steps: int | None) -> None:
         """At the start of a run of ``steps`` steps, or of an open end."""
         from vi_toolkit.stochastic import MOST_STEPS
