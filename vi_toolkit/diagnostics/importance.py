@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import torch
-from torch.distributions import Chi2
 
 from vi_toolkit.diagnostics.psis import ParetoK, affordable_draws, pareto_k, smoothed
 from vi_toolkit.scope import seeded_state
@@ -90,23 +90,21 @@ def importance_moments(
             every.append(joint.flatten(values).double())
             weights.append(log_weights.double())
     else:
-        center = _guide_mean(fit)
         target = torch.as_tensor(np.asarray(covariance), dtype=torch.float64)
-        tril = torch.linalg.cholesky(target)
-        nu, d = DEGREES_OF_FREEDOM, joint.dim
-        tril = tril * math.sqrt((nu - 2) / nu)
-        constant = (
-            math.lgamma((nu + d) / 2) - math.lgamma(nu / 2) - d / 2 * math.log(nu * math.pi)
-        ) - float(tril.diagonal().log().sum())
+        nu = DEGREES_OF_FREEDOM
+        # A t's covariance is nu / (nu - 2) times that of its scale.
+        tril = torch.linalg.cholesky(target) * math.sqrt((nu - 2) / nu)
+        proposal = dist.MultivariateStudentT(
+            torch.tensor(nu, dtype=torch.float64), _guide_mean(fit), tril
+        )
         with fit._room(seeded_state(fit._seed(seed, 4))), torch.no_grad():
             for _ in range(repetitions):
-                z = torch.randn(count, d, dtype=torch.float64)
-                z = z * (nu / Chi2(torch.tensor(nu, dtype=torch.float64)).sample((count, 1))).sqrt()
-                u = center + z @ tril.T
-                log_q = constant - (nu + d) / 2 * torch.log1p(z.square().sum(1) / nu)
+                u = proposal.sample((count,))
                 log_p = joint.log_densities(u.to(joint.start.dtype)).double()
                 every.append(u)
-                weights.append(torch.where(torch.isfinite(log_p), log_p - log_q, -math.inf))
+                weights.append(
+                    torch.where(torch.isfinite(log_p), log_p - proposal.log_prob(u), -math.inf)
+                )
     means, sds, evidences = [], [], []
     for u, log_weights in zip(every, weights, strict=True):
         w = smoothed(log_weights)
