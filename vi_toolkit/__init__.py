@@ -5,13 +5,17 @@
 
 from vi_toolkit.comparison import Comparison, compare
 from vi_toolkit.diagnostics import (
+    VSBC,
     Diagnosis,
+    PredictiveCheck,
     convergence,
     diagnose,
     importance_moments,
     linear_response,
     pareto_k,
+    predictive_check,
     psis,
+    vsbc,
     when_converged,
 )
 from vi_toolkit.errors import (
@@ -41,6 +45,7 @@ from vi_toolkit.reference import Reference
 from vi_toolkit.storage import load
 
 __all__ = [
+    "VSBC",
     "Comparison",
     "CompileError",
     "CompileWarning",
@@ -56,6 +61,7 @@ __all__ = [
     "NonFiniteError",
     "NotDeterministicError",
     "PathDerivative",
+    "PredictiveCheck",
     "PreflightError",
     "Reference",
     "ReferenceError",
@@ -72,6 +78,8 @@ __all__ = [
     "linear_response",
     "load",
     "pareto_k",
+    "predictive_check",
     "psis",
+    "vsbc",
     "when_converged",
 ]

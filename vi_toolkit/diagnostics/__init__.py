@@ -3,20 +3,26 @@
 from vi_toolkit.diagnostics.convergence import Convergence, convergence, when_converged
 from vi_toolkit.diagnostics.importance import ImportanceMoments, importance_moments
 from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
+from vi_toolkit.diagnostics.predictive import PredictiveCheck, predictive_check
 from vi_toolkit.diagnostics.psis import ParetoK, pareto_k, psis
 from vi_toolkit.diagnostics.verdict import Diagnosis, diagnose
+from vi_toolkit.diagnostics.vsbc import VSBC, vsbc
 
 __all__ = [
+    "VSBC",
     "Convergence",
     "Diagnosis",
     "ImportanceMoments",
     "LinearResponse",
     "ParetoK",
+    "PredictiveCheck",
     "convergence",
     "diagnose",
     "importance_moments",
     "linear_response",
     "pareto_k",
+    "predictive_check",
     "psis",
+    "vsbc",
     "when_converged",
 ]
