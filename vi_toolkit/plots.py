@@ -388,12 +388,12 @@ def plot_predictive(found: PredictiveCheck, curves: int = 50) -> Figure:
         _draw_replicated(first, found, curves)
         _draw_calibration(second, found)
         k = found.pareto_k
-        bad = k >= 0.7
+        bad = found.lost
         where = np.arange(len(k))
         third.plot(where[~bad], k[~bad], ".", ms=3, color=COLOURS[0])
         third.plot(where[bad], k[bad], ".", ms=5, color=COLOURS[1])
         third.axhline(0.7, color="#777777", lw=0.8, ls=":")
-        third.set_title(f"k-hat of leaving one out: {int(bad.sum())} above 0.7")
+        third.set_title(f"k-hat of leaving one out: {int(bad.sum())} lost")
         third.set_xlabel("datum")
         for axes, name in zip(
             rows[1].subplots(1, max(len(statistics), 3)), statistics, strict=False
@@ -448,7 +448,7 @@ def _draw_calibration(axes: Axes, found: PredictiveCheck) -> None:
         axes.hist(found.pit, np.linspace(0, 1, bins + 1).tolist(), color=COLOURS[0])
         expected = len(found.pit) / bins
         spread = 2 * np.sqrt(expected * (1 - 1 / bins))
-        axes.axhspan(max(expected - spread, 0), expected + spread, color=REFERENCE, alpha=0.6, lw=0)
+        axes.axhspan(max(expected - spread, 0), expected + spread, color=REFERENCE, lw=0, zorder=0)
         axes.set_xlabel("PIT, left out")
         axes.set_yticks([])
     else:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import arviz as az
 import numpy as np
 import pandas as pd
 import scipy.stats
 from scipy.special import logsumexp
 
-from vi_toolkit.diagnostics.psis import USABLE
+from vi_toolkit.diagnostics.psis import USABLE, smoothed, smoothed_with_shape
 from vi_toolkit.joint import observed_sites
 
 if TYPE_CHECKING:
     from vi_toolkit.plots import Figure
 
+NEARLY_ALL = 0.9  # of the draws
 LEVEL = 0.05  # chance of a false alarm, all checks together
 STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
     "mean": np.mean,
@@ -46,8 +45,10 @@ class PredictiveCheck:
             calibrated (Spiegelhalter).
         elpd_loo, elpd_loo_se: expected log predictive density of left-out data, in nats, summed.
         p_loo: effective number of parameters.
-        pareto_k: of every datum's weights, (n,). Above 0.7 its part of ``elpd_loo``, ``pit`` and
-            ``probability`` means nothing.
+        pareto_k: of every datum's weights, (n,).
+        effective_fraction: effective share of the draws for every datum, (n,). With k-hat of 0.7 or
+            more and less than 0.9 of the draws (nearly constant weights have no tail to speak of),
+            the datum's part of ``elpd_loo``, ``pit`` and ``probability`` means nothing.
     """
 
     site: str
@@ -62,6 +63,12 @@ class PredictiveCheck:
     elpd_loo_se: float
     p_loo: float
     pareto_k: np.ndarray
+    effective_fraction: np.ndarray
+
+    @property
+    def lost(self) -> np.ndarray:
+        """Whether each datum's leave-one-out weights cannot be used, (n,)."""
+        return (self.pareto_k >= USABLE) & (self.effective_fraction < NEARLY_ALL)
 
     @property
     def failed(self) -> list[str]:
@@ -74,7 +81,7 @@ class PredictiveCheck:
     @property
     def loo_reliable(self) -> bool:
         """Whether the leave-one-out weights of at least 99 % of the data can be used."""
-        return bool((self.pareto_k < USABLE).mean() >= 0.99)
+        return bool(self.lost.mean() <= 0.01)
 
     @property
     def meaning(self) -> str:
@@ -96,7 +103,7 @@ class PredictiveCheck:
             said = f"replicated data look like {self.site!r} by {', '.join(self.table.index)}"
             if self.loo_reliable and np.isfinite(self.calibration_p_value):
                 said += ", and left-out data are predicted with the right uncertainty"
-        off = int((self.pareto_k >= USABLE).sum())
+        off = int(self.lost.sum())
         if off:
             said += f". k-hat is 0.7 or more for {off} of {len(self.pareto_k)} data"
             said += (
@@ -184,15 +191,13 @@ def predictive_check(
     if statistics is None:
         statistics = {"mean": np.mean} if binary else STATISTICS
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ArviZ's advice on k-hat, which is given in numbers
-        ratios = weights.double().numpy() - log_p.T
-        smooth, k = az.psislw(ratios - ratios.max(1, keepdims=True))
-    smooth = np.asarray(smooth).reshape(ratios.shape)
-    smooth = smooth - logsumexp(smooth, 1, keepdims=True)
+    log_w = weights.double().numpy()
+    leave_one_out = [smoothed_with_shape(log_w - column) for column in log_p.T]
+    w = np.stack([weight for weight, _, _ in leave_one_out])  # (n, draws)
+    with np.errstate(divide="ignore"):
+        smooth = np.log(w)
     elpd = logsumexp(smooth + log_p.T, 1)
-    whole, _ = az.psislw(weights.double().numpy())
-    lpd = logsumexp(np.asarray(whole) - logsumexp(whole) + log_p.T, 1)
+    lpd = logsumexp(log_p.T, 1, b=smoothed(log_w))
 
     pit = probability = None
     p_value = np.nan
@@ -202,8 +207,7 @@ def predictive_check(
         p_value = spiegelhalter(probability, flat)
     elif scalar:
         y, made = observed.reshape(-1), replicated.reshape(draws, -1)
-        w = np.exp(smooth).T
-        below, ties = (w * (made < y)).sum(0), (w * (made == y)).sum(0)
+        below, ties = (w.T * (made < y)).sum(0), (w.T * (made == y)).sum(0)
         pit = below + np.random.default_rng(seed).uniform(size=len(y)) * ties
         p_value = float(scipy.stats.kstest(pit, "uniform").pvalue)
 
@@ -224,7 +228,8 @@ def predictive_check(
         elpd_loo=float(elpd.sum()),
         elpd_loo_se=float(np.sqrt(len(elpd) * elpd.var())),
         p_loo=float((lpd - elpd).sum()),
-        pareto_k=np.atleast_1d(np.asarray(k, dtype=np.float64)),
+        pareto_k=np.array([k for _, k, _ in leave_one_out]),
+        effective_fraction=np.array([fraction for _, _, fraction in leave_one_out]),
     )
 
 
