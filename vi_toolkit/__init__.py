@@ -21,6 +21,7 @@ from vi_toolkit.diagnostics import (
     pareto_k,
     predictive_check,
     psis,
+    suggest_guide,
     vsbc,
     when_converged,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "Evidence",
     "Fit",
     "GradientReport",
+    "GuideSuggestion",
     "LeaveOneOut",
     "LoadError",
     "LocalParetoK",
@@ -92,6 +94,7 @@ __all__ = [
     "pareto_k",
     "predictive_check",
     "psis",
+    "suggest_guide",
     "vsbc",
     "when_converged",
 ]

@@ -8,6 +8,7 @@ from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_respon
 from vi_toolkit.diagnostics.local_psis import LocalParetoK, local_psis
 from vi_toolkit.diagnostics.predictive import PredictiveCheck, predictive_check
 from vi_toolkit.diagnostics.psis import ParetoK, pareto_k, psis
+from vi_toolkit.diagnostics.suggest import GuideSuggestion, suggest_guide
 from vi_toolkit.diagnostics.verdict import Diagnosis, diagnose
 from vi_toolkit.diagnostics.vsbc import VSBC, vsbc
 
@@ -17,6 +18,7 @@ __all__ = [
     "Diagnosis",
     "ErrorBounds",
     "Evidence",
+    "GuideSuggestion",
     "ImportanceMoments",
     "LinearResponse",
     "LocalParetoK",
@@ -32,6 +34,7 @@ __all__ = [
     "pareto_k",
     "predictive_check",
     "psis",
+    "suggest_guide",
     "vsbc",
     "when_converged",
 ]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vi_toolkit.plots import Figure
 
 REPETITIONS = 8  # sets of draws, from whose spread standard errors come
+RICHER = "vi.suggest_guide(fit) fits richer guides and says which one helps, and by how much."
 MOST_FOR_COVARIANCE = 400  # latents up to which a proposal with a full covariance is tried
 
 
@@ -257,15 +258,13 @@ def _table(fit: Any, moments: ImportanceMoments, mean_limit: float, sd_limit: fl
 
 
 def _unconfirmed(fit: Any, response: LinearResponse | None) -> list[str]:
-    steps = []
-    if fit.family == "mean-field":
-        steps.append("Fit AutoMultivariateNormal, whose weights are less extreme, and diagnose it.")
-        if response is not None and response.optimum:
-            low = float((response.guide_sd / response.sd).min())
-            steps.append(
-                f"If you need no more than means, note that linear response finds the narrowest sd "
-                f"{low:.2f} of what it should be."
-            )
+    steps = [RICHER]
+    if response is not None and response.optimum:
+        low = float((response.guide_sd / response.sd).min())
+        steps.append(
+            f"If you need no more than means, note that linear response finds the narrowest sd "
+            f"{low:.2f} of what it should be."
+        )
     steps.append(
         "Write hierarchical scales non-centred (z ~ Normal(0, 1), theta = mu + tau z): a funnel is "
         "the usual reason."
@@ -287,6 +286,5 @@ def _corrections(
             f"{(response.guide_sd / moments.sd).max():.2f}."
         )
     steps.append("Take posterior moments from this diagnosis: .moments.mean and .moments.sd.")
-    if fit.family == "mean-field":
-        steps.append("Fit AutoMultivariateNormal.")
+    steps.append(RICHER)
     return steps
