@@ -142,6 +142,41 @@ def test_fits_at_once_are_those_of_fit(guide):
         assert (found.sd[r] / sd).log().abs().max() < 0.07
 
 
+def test_whole_numbers_are_replaced_as_well_and_constant_twins_are_told_apart():
+    def counts(x, y):
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("observations", len(y)):
+            pyro.sample("y", dist.Poisson(rate + 0 * x), obs=y)
+
+    zeros = torch.zeros(30, dtype=torch.long)
+    data = {"x": zeros.clone(), "y": zeros}
+    first, latents = PriorPredictive(counts, data)(0)
+    assert first["y"].dtype == torch.long
+    assert not first["x"].any()
+    assert (
+        abs(float(first["y"].double().mean() - latents["rate"]))
+        < Z * (float(latents["rate"]) / 30) ** 0.5
+    )
+    found = vi.vsbc(counts, AutoMultivariateNormal, data, replications=60)
+    assert found.batched
+    # The posterior of 30 counts is nearly Normal; had y stayed zero p would be near one always.
+    assert found.biased == []
+
+
+def test_single_precision_constants_go_one_by_one():
+    constant = torch.ones(5)
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(constant @ mu.expand(5, 1), 5.0).to_event(1), obs=y)
+
+    found = vi.vsbc(
+        model, AutoNormal, {"y": torch.zeros(1)}, replications=3, progress=False, steps=2
+    )
+    assert not found.batched
+    assert np.isfinite(found.p).all()
+
+
 def improper(y):
     mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
     pyro.sample("y", dist.Normal(mu, 1.0).expand([len(y)]).to_event(1), obs=y)

@@ -18,7 +18,8 @@ from pyro.infer.reparam import LocScaleReparam
 from vi_toolkit.comparison import STANDARD_ERRORS
 from vi_toolkit.diagnostics.psis import psis
 from vi_toolkit.errors import ConvergenceWarning, VIError
-from vi_toolkit.fitting import MOST_LATENTS, Fit, fit
+from vi_toolkit.fitting import MOST_LATENTS, Fit
+from vi_toolkit.fitting import fit as refit
 from vi_toolkit.joint import latent_sites
 
 Candidate = tuple[Callable[..., Any], Any]
@@ -119,9 +120,6 @@ def suggest_guide(
     better = table.index[(table["gain"] > LEAST_GAIN) & (sure > 0)]
     best = str(table.loc[better, "gain"].idxmax()) if len(better) else None
     return GuideSuggestion(table, best, fits[best] if best else fit, failed)
-
-
-refit = fit  # the argument of the function above has its name
 
 
 def _row(of: Fit, draws: int, seed: int) -> dict[str, Any]:

@@ -170,25 +170,22 @@ def vsbc(
         simulate = PriorPredictive(model, data or {}, seed)
     runs = [simulate(r) for r in range(replications)]
     first = dict(runs[0][0])
-    entries = {
-        name: torch.stack([torch.as_tensor(d[name]).double() for d, _ in runs])
-        for name, value in first.items()
-        if torch.is_tensor(value) and value.is_floating_point()
-        if any(not torch.equal(d[name], value) for d, _ in runs)
-    }
-    in_double = {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in first.items()
-    }
     with borrowed_globals(rng_state=seeded_state(seed), dtype=torch.float64):
-        joint = Joint(model, in_double)
+        every = None
+        try:
+            joint = Joint(model, _in_double(first))
+            if not options:
+                every = _all_at_once(joint, guide, [_in_double(data) for data, _ in runs], seed)
+        except BAD_POINT:  # a single-precision tensor of the model's own does not mix with double
+            with borrowed_globals(dtype=torch.float32):
+                joint = Joint(model, first)
+        dtype = joint.start.dtype
         truth = torch.stack(
             [
-                joint.flatten({n: torch.as_tensor(t[n]).double()[None] for n in joint.sites})[0]
+                joint.flatten({n: torch.as_tensor(t[n]).to(dtype)[None] for n in joint.sites})[0]
                 for _, t in runs
             ]
         )
-        every = None if options else _all_at_once(joint, guide, entries, seed)
     p = np.full(truth.shape, np.nan)
     left = np.arange(replications)
     if every is not None:
@@ -200,17 +197,33 @@ def vsbc(
             warnings.simplefilter("ignore", ConvergenceWarning)
             one = fit(model, guide, runs[r][0], seed=seed, progress=False, **options)
         unconverged += not one.converged
-        u = joint.flatten({n: v.double() for n, v in one.sample(DRAWS, seed=int(r)).items()})
+        u = joint.flatten({n: v.to(dtype) for n, v in one.sample(DRAWS, seed=int(r)).items()})
         # The middle of what the draws leave open: never 0 or 1.
         p[r] = ((u < truth[r]).sum(0).numpy() + 0.5) / (DRAWS + 1)
     p_values = np.array([symmetry_test(column) for column in p.T])
     return VSBC(list(joint.names), p, p_values, every is not None, unconverged)
 
 
-def _all_at_once(joint: Joint, guide: Any, entries: dict[str, torch.Tensor], seed: int) -> Any:
-    """All fits together, or None where guide or model do not allow it."""
+def _in_double(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in data.items()
+    }
+
+
+def _all_at_once(joint: Joint, guide: Any, runs: list[dict[str, Any]], seed: int) -> Any:
+    """All fits together, or None where guide, data or model do not allow it."""
     kind = guide if isinstance(guide, type) else type(guide)
-    if kind not in (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal) or not entries:
+    if kind not in (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal):
+        return None
+    entries = {}
+    for name, value in runs[0].items():
+        if torch.is_tensor(value):
+            if any(not torch.equal(data[name], value) for data in runs):
+                entries[name] = torch.stack([data[name] for data in runs])
+        elif any(data[name] is not value and data[name] != value for data in runs):
+            return None
+    if not entries:
         return None
     try:
         return fit_replications(joint, entries, kind is AutoMultivariateNormal, seed)
@@ -266,7 +279,11 @@ class PriorPredictive:
                 raise PreflightError("The model observes no site.", remedy="Write obs=. " + own)
             self.entry_of = {}
             for name, site in observed.items():
-                held = [k for k, v in self.data.items() if _holds(v, site["value"])]
+                value = site["value"]
+                held = [k for k, v in self.data.items() if _holds(v, value)]
+                # Of several with the same numbers it is the tensor itself.
+                if len(held) > 1:
+                    held = [k for k in held if self.data[k].data_ptr() == value.data_ptr()]
                 if not held:
                     raise PreflightError(
                         f"The observations of {name!r} are not an argument of the model.",
