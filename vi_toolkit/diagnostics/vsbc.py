@@ -130,8 +130,10 @@ def vsbc(
     That symmetry is tested (Butler's test, exact for any sample size). A too narrow guide gives a
     U-shaped histogram, which is symmetric and passes: look at ``spread``.
 
-    It says how the guide does on average over the prior, not on your data; with vague priors these
-    are different questions.
+    It says how the guide does on average over the prior, not on your data. What averages out is not
+    seen: an error away from (or towards) zero under a prior symmetric about zero, for one. Mean
+    field passes on the logistic regression recipe, where :func:`~vi_toolkit.diagnose` finds 21 of
+    31 means off.
 
     Gaussian autoguides (mean field and full rank) are fitted to all replications at once, with
     steps of a natural gradient to the optimum that ``vi.fit`` finds too; fits that do not get there
