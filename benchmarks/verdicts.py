@@ -29,6 +29,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import vi_toolkit as vi
 from benchmarks.posteriordb import read_draws, read_json
 from benchmarks.posteriordb_models import MODELS
+from vi_toolkit.joint import Joint
 
 GUIDES = {"full-rank": AutoMultivariateNormal, "mean-field": AutoNormal}
 VERDICTS = ["trust", "trust the means only", "do not trust"]
@@ -59,15 +60,15 @@ def pairs(folder: Path | None) -> Iterator[tuple[str, str, Any, dict, Any, np.nd
         for shape in (0.4, 2.0, 50.0):
             a = torch.tensor(shape).double()
             mean, sd = torch.digamma(a), torch.polygamma(1, a).sqrt()
-            truth = np.array([float(mean)]), np.array([float(sd)])
-            yield f"log gamma, shape={shape}", label, log_gamma(shape), {}, guide, *truth
+            moments = np.array([float(mean)]), np.array([float(sd)])
+            yield f"log gamma, shape={shape}", label, log_gamma(shape), {}, guide, *moments
     for name in RECIPES:
         recipe = importlib.import_module(f"recipes.{name}")
         reference = vi.Reference.load(str(files(f"recipes.{name}") / "reference.json"))
         for label in GUIDES:
             guide = recipe.GUIDES[label]
-            truth = reference.mean, reference.sd
-            yield name, label, recipe.model, recipe.load_data(), guide, *truth
+            moments = reference.mean, reference.sd
+            yield name, label, recipe.model, recipe.load_data(), guide, *moments
     if folder is None:
         return
     for path in sorted((folder / "draws").glob("*.json.zip")):
@@ -77,7 +78,7 @@ def pairs(folder: Path | None) -> Iterator[tuple[str, str, Any, dict, Any, np.nd
         posterior = MODELS[name]
         data = posterior.prepare(read_json(folder / "data" / f"{name.split('-', 1)[0]}.json.zip"))
         sites = posterior.to_sites(read_draws(path))
-        joint = vi.fit(posterior.model, AutoNormal, data, progress=False).joint
+        joint = Joint(posterior.model, data)
         u = joint.flatten({site: sites[site] for site in joint.sites}).detach().double().numpy()
         for label, guide in GUIDES.items():
             yield name, label, posterior.model, data, guide, u.mean(0), u.std(0)

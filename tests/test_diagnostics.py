@@ -14,7 +14,6 @@ import vi_toolkit as vi
 from tests.tolerances import Z
 from vi_toolkit.diagnostics.convergence import effective_size, split_r_hat
 from vi_toolkit.diagnostics.linear_response import _conjugate_gradients, _dense
-from vi_toolkit.errors import ConvergenceWarning
 
 
 def gaussian(rho):
@@ -47,12 +46,13 @@ def fitted(model, guide, data=None, **options):
 # ------------------------------------------------------------------ k-hat
 
 
-@pytest.mark.parametrize("rho", [0.3, 0.7, 0.9])
+@pytest.mark.parametrize("rho", [0.3, 0.5, 0.7, 0.9])
 def test_k_hat_of_mean_field_on_a_gaussian_is_the_correlation(rho):
     """k = 1 - lambda_min(D^-1/2 Lambda D^-1/2), in two dimensions |rho|."""
     found = vi.psis(fitted(gaussian(rho), AutoNormal), draws=100_000)
     assert found.k == pytest.approx(rho, abs=0.1)
-    assert found.reliable == (rho < 0.7) or abs(rho - 0.7) < 0.1
+    if rho != 0.7:  # there k-hat is on either side of the limit
+        assert found.reliable == (rho < 0.7)
 
 
 def test_k_hat_is_silent_on_an_exact_posterior():
@@ -169,6 +169,12 @@ def test_r_hat_fires_on_a_drift_and_is_silent_on_noise():
     assert split_r_hat(noise) < 1.1
     assert split_r_hat(noise + np.linspace(0, 4, 64)[:, None]) > 1.5
     assert split_r_hat(np.ones((64, 2))) == 1
+    constant = np.ones((64, 1))
+    assert split_r_hat(np.hstack([noise, constant])) == split_r_hat(noise)
+    # Beyond 2,000 parameters the one that drifts is still found.
+    many = np.random.default_rng(1).normal(size=(64, 2_500))
+    many[:, 1_234] += np.linspace(0, 8, 64)
+    assert split_r_hat(many) == split_r_hat(many[:, 1_234:1_235]) > 1.5
     assert 30 < effective_size(noise) <= 64
     assert effective_size(np.cumsum(noise, 0)) < 10
 
@@ -244,4 +250,3 @@ def test_seed_report_dictionary_and_figure(tmp_path):
     for found in (first, vi.diagnose(fitted(gaussian(0.5), AutoNormal, steps=5))):
         found.plot().savefig(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 10_000
-    assert issubclass(ConvergenceWarning, UserWarning)

@@ -225,11 +225,12 @@ class Joint:
             bad_point=lambda: (torch.full_like(self.start, float("nan")), nan),
         )
 
-    def log_density(self, u: torch.Tensor) -> torch.Tensor:
+    def log_density(self, u: torch.Tensor, data: Mapping[str, Any] | None = None) -> torch.Tensor:
         """Log joint density at one point.
 
         Args:
             u: shape (d,).
+            data: other data of the same shapes; None for its own.
 
         Returns:
             A scalar, differentiable in u.
@@ -240,7 +241,7 @@ class Joint:
             values[site.name] = value = site.transform(part)
             log_jacobian = log_jacobian + site.transform.log_abs_det_jacobian(part, value).sum()
         with _Evaluate(values) as evaluate:
-            self.model(**self.data)
+            self.model(**(self.data if data is None else data))
         return evaluate.total + log_jacobian
 
     def log_densities(self, u: torch.Tensor) -> torch.Tensor:

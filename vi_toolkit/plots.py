@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from vi_toolkit.comparison import Comparison
-    from vi_toolkit.diagnostics import Diagnosis
+    from vi_toolkit.diagnostics import VSBC, Diagnosis, PredictiveCheck
     from vi_toolkit.fitting import Fit
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -330,3 +330,128 @@ def _rows(comparisons: Mapping[str, Comparison]) -> np.ndarray:
     if len(worst) <= MOST_SCALARS:
         return np.arange(len(worst))
     return np.sort(np.argsort(-worst)[:MOST_SCALARS])
+
+
+def plot_vsbc(found: VSBC, scalars: int = 12) -> Figure:
+    """Histograms of p with their mirror images; a lopsided one is a bias.
+
+    Args:
+        found: from :func:`~vi_toolkit.vsbc`.
+        scalars: at most so many, the least symmetric first.
+    """
+    table = found.table
+    order = np.argsort(found.p_values, kind="stable")[:scalars]
+    across = min(4, len(order))
+    down = -(-len(order) // across)
+    bins = np.linspace(0, 1, 11)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1 + 2 * across, 1.1 + 1.6 * down), layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
+        for axes, i in zip(grid, order, strict=False):
+            p, off = found.p[:, i], bool(table["biased"].iloc[i])
+            axes.hist(p, bins, color=COLOURS[1 if off else 0], alpha=0.8)
+            axes.hist(1 - p, bins, histtype="step", color=INK, lw=1)
+            axes.axhline(len(p) / 10, color="#AAAAAA", lw=0.8, ls=":")
+            side = f": guide {table['guide is'].iloc[i]}" if off else ""
+            axes.set_title(f"{found.names[i]}{side}", fontsize=8.5)
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+            axes.set_xticks([0, 0.5, 1])
+        for axes in grid[len(order) :]:
+            axes.set_axis_off()
+        more = (
+            f", the {len(order)} least symmetric of {len(table)}" if len(order) < len(table) else ""
+        )
+        figure.suptitle(
+            f"q(latent < its true value) in {len(found.p)} replications{more}",
+            x=0.01, ha="left", fontsize=9.5,
+        )  # fmt: skip
+        figure.supxlabel(
+            "outline: the mirror image. Lopsided: biased. U: too narrow. Hump: too wide.",
+            x=0.01, ha="left", fontsize=8.5,
+        )  # fmt: skip
+    return figure
+
+
+def plot_predictive(found: PredictiveCheck, curves: int = 50) -> Figure:
+    """Data beside replicated data, the test statistics, calibration, and k-hat per datum.
+
+    Args:
+        found: from :func:`~vi_toolkit.predictive_check`.
+        curves: replicated data sets drawn.
+    """
+    statistics = list(found.table.index)[:4]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 5.2), layout="constrained")
+        rows: Any = figure.subfigures(2, 1)
+        first, second, third = rows[0].subplots(1, 3)
+        _draw_replicated(first, found, curves)
+        _draw_calibration(second, found)
+        k = found.pareto_k
+        bad = found.lost
+        where = np.arange(len(k))
+        third.plot(where[~bad], k[~bad], ".", ms=3, color=COLOURS[0])
+        third.plot(where[bad], k[bad], ".", ms=5, color=COLOURS[1])
+        third.axhline(0.7, color="#777777", lw=0.8, ls=":")
+        third.set_title(f"k-hat of leaving one out: {int(bad.sum())} lost")
+        third.set_xlabel("datum")
+        for axes, name in zip(
+            rows[1].subplots(1, max(len(statistics), 3)), statistics, strict=False
+        ):
+            row = found.table.loc[name]
+            made = found.statistic_values[name]
+            low, high = np.quantile(made, (0.001, 0.999))
+            inside = made[(made >= low) & (made <= high)]
+            axes.hist(inside, 30, color=REFERENCE_CORE)
+            axes.axvline(row["data"], color=COLOURS[1 if name in found.failed else 0], lw=1.8)
+            axes.set_title(f"{name}: p = {row['p value']:.3f}")
+            axes.set_yticks([])
+            axes.spines["left"].set_visible(False)
+        for axes in rows[1].axes[len(statistics) :]:
+            axes.set_axis_off()
+        figure.suptitle(
+            f"{found.site}: data (colour) beside replicated data (grey)",
+            x=0.01, ha="left", fontsize=10.5,
+        )  # fmt: skip
+    return figure
+
+
+def _draw_replicated(axes: Axes, found: PredictiveCheck, curves: int) -> None:
+    """Distribution functions: steps for counts and curves for the rest need no bandwidth."""
+    n = len(found.observed)
+    heights = (np.arange(n) + 0.5) / n
+    for y in found.replicated[:curves]:
+        axes.plot(np.sort(y), heights, drawstyle="steps", color=REFERENCE_CORE, lw=0.5, alpha=0.6)
+    axes.plot(np.sort(found.observed), heights, drawstyle="steps", color=COLOURS[0], lw=1.6)
+    low, high = np.quantile(np.concatenate([found.replicated[:curves].ravel(), found.observed]),
+                            (0.002, 0.998))  # fmt: skip
+    low, high = min(low, found.observed.min()), max(high, found.observed.max())
+    margin = 0.05 * (high - low) or 1.0
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_title("Distribution function")
+    axes.set_xlabel(found.site)
+
+
+def _draw_calibration(axes: Axes, found: PredictiveCheck) -> None:
+    if found.probability is not None:
+        p, y = found.probability, found.observed
+        axes.plot([0, 1], [0, 1], color="#AAAAAA", lw=0.8)
+        groups = np.array_split(np.argsort(p, kind="stable"), min(10, max(2, len(p) // 10)))
+        mean = np.array([p[g].mean() for g in groups])
+        seen = np.array([y[g].mean() for g in groups])
+        se = np.array([np.sqrt((p[g] * (1 - p[g])).sum()) / len(g) for g in groups])
+        axes.errorbar(mean, seen, yerr=2 * se, fmt="o", ms=4, lw=1, color=COLOURS[0])
+        axes.set_xlabel("predicted, left out")
+        axes.set_ylabel("observed frequency")
+    elif found.pit is not None:
+        bins = min(20, max(5, len(found.pit) // 10))
+        axes.hist(found.pit, np.linspace(0, 1, bins + 1).tolist(), color=COLOURS[0])
+        expected = len(found.pit) / bins
+        spread = 2 * np.sqrt(expected * (1 - 1 / bins))
+        axes.axhspan(max(expected - spread, 0), expected + spread, color=REFERENCE, lw=0, zorder=0)
+        axes.set_xlabel("PIT, left out")
+        axes.set_yticks([])
+    else:
+        axes.set_axis_off()
+        return
+    axes.set_title(f"Calibration: p = {found.calibration_p_value:.3f}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import torch
-from torch.distributions import Chi2
 
 from vi_toolkit.diagnostics.psis import ParetoK, affordable_draws, pareto_k, smoothed
 from vi_toolkit.scope import seeded_state
@@ -81,51 +81,62 @@ def importance_moments(
         >>> abs(moments.log_evidence) < 0.05
         True
     """
+    sample = weighted_draws(fit, covariance, draws, repetitions, seed)
+    return moments_of(fit, sample, "guide" if covariance is None else "multivariate t")
+
+
+Sample = list[tuple[torch.Tensor, torch.Tensor]]
+"""Per repetition, draws (S, d) on the unconstrained scale and their log weights (S,), float64."""
+
+
+def weighted_draws(
+    fit: Any, covariance: np.ndarray | None, draws: int | None, repetitions: int, seed: int
+) -> Sample:
+    """The draws behind :func:`importance_moments`."""
     joint = fit.joint
     count = draws or affordable_draws(joint, repetitions)
-    every, weights = [], []
+    sample: Sample = []
     if covariance is None:
         for r in range(repetitions):
             values, log_weights = fit.weighted_sample(count, seed + r)
-            every.append(joint.flatten(values).double())
-            weights.append(log_weights.double())
-    else:
-        center = _guide_mean(fit)
-        target = torch.as_tensor(np.asarray(covariance), dtype=torch.float64)
-        tril = torch.linalg.cholesky(target)
-        nu, d = DEGREES_OF_FREEDOM, joint.dim
-        tril = tril * math.sqrt((nu - 2) / nu)
-        constant = (
-            math.lgamma((nu + d) / 2) - math.lgamma(nu / 2) - d / 2 * math.log(nu * math.pi)
-        ) - float(tril.diagonal().log().sum())
-        with fit._room(seeded_state(fit._seed(seed, 4))), torch.no_grad():
-            for _ in range(repetitions):
-                z = torch.randn(count, d, dtype=torch.float64)
-                z = z * (nu / Chi2(torch.tensor(nu, dtype=torch.float64)).sample((count, 1))).sqrt()
-                u = center + z @ tril.T
-                log_q = constant - (nu + d) / 2 * torch.log1p(z.square().sum(1) / nu)
-                log_p = joint.log_densities(u.to(joint.start.dtype)).double()
-                every.append(u)
-                weights.append(torch.where(torch.isfinite(log_p), log_p - log_q, -math.inf))
+            sample.append((joint.flatten(values).double(), log_weights.double()))
+        return sample
+    target = torch.as_tensor(np.asarray(covariance), dtype=torch.float64)
+    nu = DEGREES_OF_FREEDOM
+    # A t's covariance is nu / (nu - 2) times that of its scale.
+    tril = torch.linalg.cholesky(target) * math.sqrt((nu - 2) / nu)
+    df = torch.tensor(nu, dtype=torch.float64)
+    proposal = dist.MultivariateStudentT(df, _guide_mean(fit), tril)
+    with fit._room(seeded_state(fit._seed(seed, 4))), torch.no_grad():
+        for _ in range(repetitions):
+            u = proposal.sample((count,))
+            log_p = joint.log_densities(u.to(joint.start.dtype)).double()
+            finite = torch.isfinite(log_p)
+            sample.append((u, torch.where(finite, log_p - proposal.log_prob(u), -math.inf)))
+    return sample
+
+
+def moments_of(fit: Any, sample: Sample, proposal: str) -> ImportanceMoments:
+    """Moments and evidence from weighted draws."""
     means, sds, evidences = [], [], []
-    for u, log_weights in zip(every, weights, strict=True):
+    for u, log_weights in sample:
         w = smoothed(log_weights)
         x = u.numpy()
         mean = w @ x
         means.append(mean)
         sds.append(np.sqrt(w @ (x - mean) ** 2))
-        evidences.append(float(torch.logsumexp(log_weights, 0)) - math.log(count))
-    root = math.sqrt(repetitions)
+        evidences.append(float(torch.logsumexp(log_weights, 0)) - math.log(len(w)))
+    root = math.sqrt(len(sample))
     return ImportanceMoments(
-        names=list(joint.names),
+        names=list(fit.joint.names),
         mean=np.mean(means, 0),
         sd=np.mean(sds, 0),
         mean_se=np.std(means, 0, ddof=1) / root,
         sd_se=np.std(sds, 0, ddof=1) / root,
         log_evidence=float(np.mean(evidences)),
         log_evidence_se=float(np.std(evidences, ddof=1) / root),
-        pareto_k=pareto_k(torch.stack(weights)),
-        proposal="guide" if covariance is None else "multivariate t",
+        pareto_k=pareto_k(torch.stack([w for _, w in sample])),
+        proposal=proposal,
     )
 
 

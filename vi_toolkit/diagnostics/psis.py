@@ -84,7 +84,7 @@ def pareto_k(log_weights: torch.Tensor | np.ndarray) -> ParetoK:
     weights = np.atleast_2d(np.asarray(log_weights, dtype=np.float64))
     if not np.isfinite(weights).any(1).all():
         raise ValueError("no draw has a finite log weight")
-    ks, fractions = zip(*(_smoothed(row)[1:] for row in weights), strict=True)
+    ks, fractions = zip(*(smoothed_with_shape(row)[1:] for row in weights), strict=True)
     finite = weights[np.isfinite(weights)]
     count = len(ks)
     return ParetoK(
@@ -99,10 +99,11 @@ def pareto_k(log_weights: torch.Tensor | np.ndarray) -> ParetoK:
 
 def smoothed(log_weights: torch.Tensor | np.ndarray) -> np.ndarray:
     """Pareto-smoothed, normalised weights (S,) of log weights (S,)."""
-    return _smoothed(np.asarray(log_weights, dtype=np.float64))[0]
+    return smoothed_with_shape(np.asarray(log_weights, dtype=np.float64))[0]
 
 
-def _smoothed(row: np.ndarray) -> tuple[np.ndarray, float, float]:
+def smoothed_with_shape(row: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Smoothed, normalised weights (S,) of log weights (S,), their k-hat and effective fraction."""
     row = np.where(np.isfinite(row), row, -1e300)
     if np.ptp(row) < 1e-10:  # an exact posterior: nothing to smooth
         return np.full(len(row), 1 / len(row)), 0.0, 1.0

@@ -10,14 +10,18 @@ import numpy as np
 import pandas as pd
 
 from vi_toolkit.comparison import DO_NOT_TRUST, MEANS_ONLY, STANDARD_ERRORS, TRUST
+from vi_toolkit.diagnostics.bounds import ErrorBounds, bounds_of
 from vi_toolkit.diagnostics.convergence import Convergence, convergence
-from vi_toolkit.diagnostics.importance import ImportanceMoments, importance_moments
+from vi_toolkit.diagnostics.evidence import Evidence, evidence_of
+from vi_toolkit.diagnostics.importance import ImportanceMoments, moments_of, weighted_draws
 from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
 from vi_toolkit.diagnostics.psis import ParetoK
 
 if TYPE_CHECKING:
     from vi_toolkit.plots import Figure
 
+REPETITIONS = 8  # sets of draws, from whose spread standard errors come
+RICHER = "vi.suggest_guide(fit) fits richer guides and says which one helps, and by how much."
 MOST_FOR_COVARIANCE = 400  # latents up to which a proposal with a full covariance is tried
 
 
@@ -34,6 +38,8 @@ class Diagnosis:
         linear_response: of a mean-field guide by the deterministic method, else None.
         moments: reliable importance moments, or None where no proposal gave any.
         table: a row per scalar with the guide's mean and sd beside these moments'; None likewise.
+        evidence: log evidence and its gap to the ELBO; None likewise.
+        bounds: on the error of every mean and sd, where the guide's own weights can be used.
     """
 
     verdict: str
@@ -44,6 +50,8 @@ class Diagnosis:
     linear_response: LinearResponse | None = None
     moments: ImportanceMoments | None = None
     table: pd.DataFrame | None = None
+    evidence: Evidence | None = None
+    bounds: ErrorBounds | None = None
 
     def __repr__(self) -> str:
         lines = [f"Verdict: {self.verdict}."] + [f"- {reason}" for reason in self.reasons]
@@ -56,9 +64,10 @@ class Diagnosis:
             lines.append(f"  {self.moments.proposal}'s weights: {self.moments.pareto_k!r}")
         if self.linear_response is not None:
             lines.append(f"  linear response: {self.linear_response.meaning}")
-        if self.moments is not None:
-            m = self.moments
-            lines.append(f"  log evidence: {m.log_evidence:.3f} ± {m.log_evidence_se:.3f} nats")
+        if self.evidence is not None:
+            lines.append(f"  evidence: {self.evidence.meaning}")
+        if self.bounds is not None:
+            lines.append(f"  bounds: {self.bounds.meaning}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,9 +84,9 @@ class Diagnosis:
                 key: getattr(self.pareto_k, key)
                 for key in ("k", "standard_error", "effective_fraction", "sd_log_weight", "draws")
             }
-        if self.moments is not None:
-            out["log_evidence"] = self.moments.log_evidence
-            out["log_evidence_se"] = self.moments.log_evidence_se
+        if self.evidence is not None:
+            for key in ("log_evidence", "log_evidence_se", "elbo", "elbo_se", "gap", "gap_se"):
+                out[key] = getattr(self.evidence, key)
         if self.table is not None:
             out["scalars"] = self.table.to_dict("index")
         return out
@@ -151,7 +160,8 @@ def diagnose(
         reasons = ["The fit has not converged.", arrived.meaning]
         return Diagnosis(DO_NOT_TRUST, reasons, [step], arrived)
 
-    own = importance_moments(fit, draws=draws, seed=seed)
+    sample = weighted_draws(fit, None, draws, REPETITIONS, seed)
+    own = moments_of(fit, sample, "guide")
     response = None
     if fit.family == "mean-field" and fit.method == "deterministic":
         response = linear_response(fit)
@@ -159,7 +169,8 @@ def diagnose(
     if fit.joint.dim <= MOST_FOR_COVARIANCE:
         covariance = _covariance(fit, response)
         if covariance is not None:
-            wide = importance_moments(fit, covariance, draws=draws, seed=seed)
+            wider = weighted_draws(fit, covariance, draws, REPETITIONS, seed)
+            wide = moments_of(fit, wider, "multivariate t")
     reliable = [m for m in (wide, own) if m is not None and m.pareto_k.reliable]
     reasons, next_steps = [], []
     if not reliable:
@@ -195,7 +206,18 @@ def diagnose(
     verdict = TRUST if means_right and sds_right else MEANS_ONLY if means_right else DO_NOT_TRUST
     if verdict != TRUST:
         next_steps = _corrections(fit, response, moments)
-    return Diagnosis(verdict, reasons, next_steps, arrived, own.pareto_k, response, moments, table)
+    return Diagnosis(
+        verdict,
+        reasons,
+        next_steps,
+        arrived,
+        own.pareto_k,
+        response,
+        moments,
+        table,
+        evidence_of(moments, sample),
+        bounds_of(fit, sample) if own.pareto_k.reliable else None,
+    )
 
 
 def _covariance(fit: Any, response: LinearResponse | None) -> np.ndarray | None:
@@ -236,15 +258,13 @@ def _table(fit: Any, moments: ImportanceMoments, mean_limit: float, sd_limit: fl
 
 
 def _unconfirmed(fit: Any, response: LinearResponse | None) -> list[str]:
-    steps = []
-    if fit.family == "mean-field":
-        steps.append("Fit AutoMultivariateNormal, whose weights are less extreme, and diagnose it.")
-        if response is not None and response.optimum:
-            low = float((response.guide_sd / response.sd).min())
-            steps.append(
-                f"If you need no more than means, note that linear response finds the narrowest sd "
-                f"{low:.2f} of what it should be."
-            )
+    steps = [RICHER]
+    if response is not None and response.optimum:
+        low = float((response.guide_sd / response.sd).min())
+        steps.append(
+            f"If you need no more than means, note that linear response finds the narrowest sd "
+            f"{low:.2f} of what it should be."
+        )
     steps.append(
         "Write hierarchical scales non-centred (z ~ Normal(0, 1), theta = mu + tau z): a funnel is "
         "the usual reason."
@@ -266,6 +286,5 @@ def _corrections(
             f"{(response.guide_sd / moments.sd).max():.2f}."
         )
     steps.append("Take posterior moments from this diagnosis: .moments.mean and .moments.sd.")
-    if fit.family == "mean-field":
-        steps.append("Fit AutoMultivariateNormal.")
+    steps.append(RICHER)
     return steps
