@@ -873,7 +873,7 @@ def test_a_program_is_never_used_for_another_structure(monkeypatch):
     monkeypatch.setattr(
         steps,
         "compile_loop",
-        lambda *a: (keys.append(original(a[0], [*a[1], *a[2]], len(a[1]))), interpret(*a))[1],
+        lambda *a: (keys.append(original("loop", a[0], [*a[1], *a[2]])), interpret(*a))[1],
     )
 
     def model(X, y, scale):

@@ -41,8 +41,8 @@ class CompiledDensity:
     Example:
         >>> import torch
         >>> density = CompiledDensity(lambda u: -(u**2).sum(), torch.ones(2, 3))
-        >>> density(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]))[1].tolist()
-        [-14.0, 0.0]
+        >>> density(torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]]))[1].tolist()
+        [-14.0, -1.0]
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CompiledDensity:
             graph = functional(traced.graph, [example, *traced.constants])
         once, each, _ = hoist(graph, 1, traced.fresh)
         self.once, self.constants = once, traced.constants
-        self.versions: tuple[int, ...] = ()
+        self.versions: tuple[int, ...] | None = None
         self._refresh()
         self.program = compile_graph(each, [example, *self.invariants])
         self._check(example, expected)

@@ -80,9 +80,12 @@ _ASKING = _PRODUCT | {
 
 
 def _asker() -> Any:
-    """Code object of the function outside torch that called the present ``__torch_function__``."""
+    """Code object of the function that made the present call, neither torch's nor another mode."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+    while frame.f_back is not None and (
+        frame.f_globals.get("__name__", "").startswith("torch.")
+        or frame.f_code.co_name == "__torch_function__"
+    ):
         frame = frame.f_back
     return frame.f_code
 
