@@ -114,7 +114,9 @@ class Guide(PyroModule):
 
     widths, latent, weights: as the model's. factors: family of the documents' positive factors,
     "gamma" or "lognormal"; weight_factors: that of the weights. reads: steps of EM by which a
-    document is read. hidden: units in each of the two hidden layers of the network.
+    document is read. hidden: units in each of the two hidden layers of the network. known: weights
+    that are given, {"w0": ..., ...}, for a model that is conditioned on them; the guide is then for
+    the documents alone.
     """
 
     def __init__(
@@ -126,10 +128,12 @@ class Guide(PyroModule):
         weight_factors="lognormal",
         reads=2,
         hidden=200,
+        known=None,
     ):
         super().__init__()
         self.widths, self.latent, self.weights = tuple(widths), latent, weights
         self.factors, self.weight_factors, self.reads = factors, weight_factors, reads
+        self.known = known
         self.network = torch.nn.Sequential(
             torch.nn.Linear(self.widths[0] + 1, hidden),
             torch.nn.ReLU(),
@@ -180,17 +184,18 @@ class Guide(PyroModule):
         return dist.Normal(a, softplus(b))
 
     def forward(self, documents=None, exposure=None, background=None):
-        if not hasattr(self, "w0_location"):
-            self.start(documents, exposure, background)
         depth = len(self.widths)
-        for layer in range(depth):
-            q = self.weight(layer)
-            mean = q.mean if layer == 0 else mean
-            pyro.sample(f"w{layer}", q.to_event(2))
+        if self.known is None:
+            if not hasattr(self, "w0_location"):
+                self.start(documents, exposure, background)
+            q = [self.weight(layer) for layer in range(depth)]
+            for layer in range(depth):
+                pyro.sample(f"w{layer}", q[layer].to_event(2))
+        w = self.known["w0"] if self.known else q[0].mean.detach()
         with pyro.plate("documents", len(exposure)) as rows:
             x = dense(documents[rows], len(background), background.dtype)
-            # The reader is a fixed function of the step: q(w) is not fitted through it.
-            n, z = read(x, exposure[rows], mean.detach(), self.reads)
+            # Through a constant copy of the weights: q(w) is fitted to the words, not to the reader.
+            n, z = read(x, exposure[rows], w, self.reads)
             features = torch.cat([(PSEUDO + n).log(), exposure[rows, None].log()], 1)
             outputs = self.network(features).split([2 * units for units in self.widths], 1)
             for layer in range(depth, 0, -1):

@@ -19,9 +19,9 @@ TINY = 1e-30  # the least rate of a word: keeps its logarithm finite where facto
 def latents(widths):
     """Site -> dims. z1 is the layer next to the words; w0 joins it to them, w1 to layer 2, ..."""
     layers = range(1, len(widths) + 1)
-    dims = {f"w{i}": (f"units {i + 1}", f"units {i}") for i in layers[:-1]}
-    factors = {f"z{i}": ("documents", f"units {i}") for i in reversed(layers)}
-    return {"w0": ("units 1", "terms")} | dims | factors
+    weights = {f"w{i}": (widths[i], widths[i - 1]) for i in layers[:-1]}
+    factors = {f"z{i}": ("documents", widths[i - 1]) for i in reversed(layers)}
+    return {"w0": (widths[0], "terms")} | weights | factors
 
 
 LATENTS = latents(WIDTHS)
@@ -40,6 +40,7 @@ def model(
     latent="gamma",
     weights="gamma",
     link="inverse",
+    learn=True,
 ):
     """z_L,k ~ F(top),  z_l,k | z_(l+1) ~ F(link(s_k)), s = z_(l+1) w_l,  x_v ~ Poisson(e (z_1 w_0)_v)
 
@@ -53,8 +54,9 @@ def model(
         "normal"     "normal"  "identity"  Normal(s_k + b_k, 1); the words see softplus(z_1)
 
     and w_0 ~ Gamma always, since words need positive rates. Where all units of a document can be
-    zero, its words have rates of their own besides: x_v ~ Poisson(e (z_1 w_0 + b_0)_v). Shapes, the
-    top layer's means and the intercepts b are parameters, fitted with the guide's.
+    zero, its words have rates of their own besides: x_v ~ Poisson(e (z_1 w_0 + b_0)_v). The shapes of
+    z, the top layer's means and the intercepts b are parameters, fitted with the guide's (empirical
+    Bayes), or stay where they start if not `learn`.
 
     documents: (N, M, 2), pairs (word, count) filled up with (0, 0); None to draw them. exposure:
     (N,), the size of each document, 1 being an average one. background: (V,), the mean count of
@@ -64,7 +66,7 @@ def model(
 
     def parameter(name, size, value, constraint=constraints.positive):
         start = value if torch.is_tensor(value) else background.new_full((size,), value)
-        return pyro.param(name, start.clone(), constraint=constraint)
+        return pyro.param(name, start.clone(), constraint=constraint) if learn else start
 
     mean = (background / (widths[0] * MEAN[latent])).expand(widths[0], terms)
     w = [pyro.sample("w0", gamma(background.new_tensor(W0_SHAPE), mean).to_event(2))]
@@ -94,15 +96,15 @@ def model(
         return pyro.sample("x", words, obs=None if documents is None else documents[rows])
 
 
-def variant(widths=WIDTHS, latent="gamma", weights="gamma", link="inverse"):
+def variant(widths=WIDTHS, latent="gamma", weights="gamma", link="inverse", learn=True):
     """:func:`model` with its structure fixed, to be called with data alone.
 
     >>> variant((100, 30), "poisson", "gamma", "log").LATENTS["w1"]
-    ('units 2', 'units 1')
+    (30, 100)
     """
 
     def fixed(documents=None, exposure=None, background=None):
-        return model(documents, exposure, background, widths, latent, weights, link)
+        return model(documents, exposure, background, widths, latent, weights, link, learn)
 
     fixed.LATENTS = latents(widths)
     return fixed
