@@ -36,7 +36,7 @@ def fit_one(train, options):
     given = data.arguments(train)
     structure = (options.widths, options.latent, options.weights)
     guide = Guide(*structure, factors=options.factors, weight_factors=options.weight_factors)
-    guide.start(**given, seed=options.seed)
+    guide.start(**given, seed=options.seed, passes=options.passes)
     fit = vi.fit(
         variant(*structure, options.link),
         guide,
@@ -75,6 +75,8 @@ def main():
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--documents", type=int, help="fit to this many training documents only")
+    parser.add_argument("--passes", type=int, default=8, help="of EM over the documents at the start")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/held_out_words"))
     parser.add_argument("--table", action="store_true", help="only print what is in OUTPUT")
@@ -85,6 +87,12 @@ def main():
     name = f"{options.latent}-{'-'.join(map(str, options.widths))}-{options.link}"
     name += f"-{options.factors}-{options.weight_factors}-{options.steps}"
     train, tests = corpus()
+    if options.documents:
+        train, name = train[: options.documents], f"{name}-{options.documents}-documents"
+        seen = np.asarray(train.sum(0)).ravel() > 0  # words of the others are left out everywhere
+        train = train[:, seen]
+        tests = {share: tuple(half[:, seen] for half in halves) for share, halves in tests.items()}
+    base = evaluate.same_for_all(evaluate.unigram(train))
     began = time.process_time()
     fit = fit_one(train, options)
     print(f"{name} seed {options.seed}: fitted in {time.process_time() - began:.0f} CPU seconds")
@@ -94,7 +102,13 @@ def main():
         result = evaluate.log_predictive(
             held_out, evaluate.predictive(fit, given, draws=options.draws, seed=options.seed)
         )
-        print(f"  {share:.0%} observed: {dict(evaluate.score(result).round(4))}", flush=True)
+        found, over = evaluate.score(result), evaluate.log_predictive(held_out, base)
+        gain = "{:.4f} ({:.4f} to {:.4f})".format(*evaluate.difference(result, over))
+        print(
+            f"  {share:.0%} observed: {found['score']:.4f}, se {found['se']:.4f}, perplexity "
+            f"{found['perplexity']:.0f}; gain over the unigram {gain}",
+            flush=True,
+        )
         frames.append(result.assign(share=share))
     options.output.mkdir(parents=True, exist_ok=True)
     pd.concat(frames).to_csv(options.output / f"{name}-{options.seed}.csv", index_label="document")

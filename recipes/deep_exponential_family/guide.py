@@ -86,7 +86,7 @@ def dense(documents, terms, dtype):
 
 
 @torch.no_grad()
-def start(documents, exposure, background, units, steps=2, few=5_000, passes=30):
+def start(documents, exposure, background, units, steps=2, few=5_000, passes=8):
     """Log means and log shapes of w0, both (units, V), by EM on `few` random documents.
 
     Each unit starts from the words of SEEDS random documents. The shapes are those of the Gamma

@@ -10,9 +10,18 @@ from pyro.distributions import TorchDistribution, constraints
 from torch.nn.functional import softplus
 
 WIDTHS = (100, 30, 15)  # from the words up
-SHAPE = 0.1  # a Gamma of this shape is sparse: half its mass lies below a thousandth of its mean
+SHAPE = 0.1  # of w0, and of z at the start. Sparse: half its mass lies below 0.006 of its mean
+WEIGHT_SHAPE = 0.3  # of the weights between layers
+FAMILIES = (  # latent, weights, link
+    ("gamma", "gamma", "inverse"),
+    ("bernoulli", "normal", "logit"),
+    ("poisson", "normal", "softplus"),
+    ("poisson", "gamma", "log"),
+    ("normal", "normal", "identity"),
+)
 MEAN = {"gamma": 1.0, "bernoulli": 0.1, "poisson": 0.1, "normal": 0.8}  # of what the words see
-W0_SHAPE = 0.1
+FLOOR = 1e-6  # least mean of a Gamma unit, as in the authors' code: with all units above near zero,
+# 1 / mean and its gradient would overflow single precision
 TINY = 1e-30  # the least rate of a word: keeps its logarithm finite where factors underflow
 
 
@@ -62,6 +71,12 @@ def model(
     (N,), the size of each document, 1 being an average one. background: (V,), the mean count of
     each word in a document of exposure 1. widths: units per layer, from the words up.
     """
+    if (latent, weights, link) not in FAMILIES:
+        known = "; ".join(", ".join(map(repr, family)) for family in FAMILIES)
+        raise ValueError(
+            f"there is no family with latent, weights, link = {latent!r}, {weights!r}, {link!r}; "
+            f"there are: {known}"
+        )
     depth, terms = len(widths), len(background)
 
     def parameter(name, size, value, constraint=constraints.positive):
@@ -69,11 +84,11 @@ def model(
         return pyro.param(name, start.clone(), constraint=constraint) if learn else start
 
     mean = (background / (widths[0] * MEAN[latent])).expand(widths[0], terms)
-    w = [pyro.sample("w0", gamma(background.new_tensor(W0_SHAPE), mean).to_event(2))]
+    w = [pyro.sample("w0", gamma(background.new_tensor(SHAPE), mean).to_event(2))]
     for layer in range(1, depth):
         zeros = background.new_zeros(widths[layer], widths[layer - 1])
         if weights == "gamma":  # a priori s has the mean of z
-            prior = gamma(background.new_tensor(0.3), zeros + 1 / widths[layer])
+            prior = gamma(background.new_tensor(WEIGHT_SHAPE), zeros + 1 / widths[layer])
         else:
             prior = dist.Normal(zeros, 1.0)
         w.append(pyro.sample(f"w{layer}", prior.to_event(2)))
@@ -83,7 +98,7 @@ def model(
         for layer in range(depth, 0, -1):
             units, top = widths[layer - 1], layer == depth
             if latent == "gamma":
-                s = parameter("top_mean", units, 1.0) if top else z @ w[layer]
+                s = parameter("top_mean", units, 1.0) if top else z @ w[layer] + FLOOR
                 prior = gamma(parameter(f"z{layer}_shape", units, SHAPE), s)
             else:
                 s = background.new_zeros(units) if top else z @ w[layer]
@@ -111,17 +126,15 @@ def variant(widths=WIDTHS, latent="gamma", weights="gamma", link="inverse", lear
 
 
 def prior_given(s, latent, link, parameter, name):
-    """The conditional of a layer of units of mean MEAN[latent] at the start, without a Gamma."""
+    """The conditional of a layer that is not Gamma; where s = 0, it starts at the mean MEAN[latent]."""
     units, start = s.shape[-1], torch.tensor(MEAN[latent])
-    if latent == "bernoulli":
-        return dist.Bernoulli(logits=s + parameter(name, units, start.logit().item(), constraints.real))
-    if latent == "normal":
-        return dist.Normal(s + parameter(name, units, 0.0, constraints.real), 1.0)
     if link == "log":
-        return dist.Poisson(s + parameter(name, units, start.item()))
-    return dist.Poisson(
-        softplus(s + parameter(name, units, start.expm1().log().item(), constraints.real))
-    )
+        return dist.Poisson(s + parameter(name, units, MEAN[latent]))
+    first = {"logit": start.logit(), "softplus": start.expm1().log(), "identity": 0 * start}[link]
+    s = s + parameter(name, units, first.item(), constraints.real)
+    if latent == "poisson":
+        return dist.Poisson(softplus(s))
+    return dist.Bernoulli(logits=s) if latent == "bernoulli" else dist.Normal(s, 1.0)
 
 
 class Words(TorchDistribution):
