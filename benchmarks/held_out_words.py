@@ -2,10 +2,9 @@
 
     python -m benchmarks.held_out_words --widths 100 30 15 --seed 0 --output runs/held_out_words
 
-Protocol: recipes/deep_exponential_family/evaluate.py. One call fits one variant with one seed, prints
-its scores at 50 and at 10 per cent of the test tokens observed, and writes the scores per document
-to OUTPUT/NAME-SEED.csv. With --table it prints the table of all that is in OUTPUT: per variant the
-seeds, their average prediction being a row of its own, and paired differences.
+Protocol: recipes/deep_exponential_family/evaluate.py. One call fits one variant with one seed,
+prints its scores at 50 and at 10 per cent of the test tokens observed, and writes the fit and its
+scores per document to OUTPUT. With --table it prints the scores of all that is in OUTPUT.
 """
 
 import argparse
@@ -76,7 +75,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--documents", type=int, help="fit to this many training documents only")
-    parser.add_argument("--passes", type=int, default=8, help="of EM over the documents at the start")
+    parser.add_argument(
+        "--passes", type=int, default=8, help="of EM over the documents at the start"
+    )
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/held_out_words"))
     parser.add_argument("--table", action="store_true", help="only print what is in OUTPUT")

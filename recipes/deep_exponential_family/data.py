@@ -6,8 +6,8 @@ is every word of at least 10 and less than half of the paragraphs. Paragraphs wi
 vocabulary, and those with exactly the words of an earlier one, are left out, so that no test
 document has a twin in training. That leaves 21,183 documents and 7,754 words.
 
-Any document-term matrix will do: :func:`checked` says what is wrong with it, :func:`arguments` makes
-the model's arguments of it.
+Any document-term matrix will do: :func:`checked` says what is wrong with it, :func:`arguments`
+makes the model's arguments of it.
 """
 
 import functools
@@ -136,9 +136,13 @@ def checked(counts, vocabulary=None, allow_empty=False):
         )
     matrix = matrix.astype(np.int64)
     matrix.eliminate_zeros()
-    for axis, what, remedy in () if allow_empty else (
-        (1, "document", "Leave it out: counts[counts.sum(1).A1 > 0]"),
-        (0, "word", "Leave out the column, and its word in the vocabulary"),
+    for axis, what, remedy in (
+        ()
+        if allow_empty
+        else (
+            (1, "document", "Leave it out: counts[counts.sum(1).A1 > 0]"),
+            (0, "word", "Leave out the column, and its word in the vocabulary"),
+        )
     ):
         empty = np.flatnonzero(np.asarray(matrix.sum(axis)).ravel() == 0)
         if len(empty):

@@ -4,8 +4,8 @@ The protocol, for any model:
 
 1. Fit to the training documents, all of their words.
 2. *Thin* the test documents: each word, a token, is observed with probability `share` and held out
-   otherwise, independently. So the split is by token. A split by type (all counts of a word observed
-   or held out) tells which other types are zero, and with it much of what is held out.
+   otherwise, independently. So the split is by token. A split by type (all counts of a word
+   observed or held out) tells which other types are zero, and much of what is held out with it.
 3. From the observed tokens alone the model gives each test document a distribution over the
    vocabulary. What it knows of a document's length is the observed tokens.
 4. The score is the mean log probability of a held-out token, in nats; perplexity is exp(-score).

@@ -1,7 +1,7 @@
 """Exact answers where the model is small: sums over all states of binary units, and Gibbs sampling.
 
-The posterior of a whole deep exponential family is not identified (units can be exchanged, scale can
-move between layers), so what is compared is what is: the probability of the words, their fitted
+The posterior of a whole deep exponential family is not identified (units can be exchanged, scale
+can move between layers), so what is compared is what is: the probability of the words, their fitted
 rates, and the held-out log density.
 """
 

@@ -1,7 +1,6 @@
 """Guides for the deep exponential family: factors for the weights, a reader for the documents.
 
-q(w, z) = prod q(w) prod_documents prod_layers prod_units q(z_lk | document), all factors independent.
-What makes it fit:
+q(w, z) = prod q(w_lkj) prod q(z_nlk | document n): all factors are independent. What makes it fit:
 
 *Factors.* A sparse Gamma factor has most of its draws at numbers that underflow, and its shape and
 rate are strongly dependent. Here positive factors are held by (mean, shape), both on log scales and
@@ -10,10 +9,10 @@ closed form for both.
 
 *Documents.* There is no parameter per document: a document's factors are computed from its words
 when it comes up, so the cost of a step and the memory do not depend on the number of documents, and
-a new document costs what an old one does. The words are first *read* through the model's own topics:
-a few steps of EM give the expected number of words due to each unit of the lowest layer. From those
-K numbers, not from V words, a small network computes the factors of all layers; for the lowest layer
-it only corrects the conjugate answer, shape = prior shape + expected number of words.
+a new document costs what an old one does. The words are first *read* through the model's own
+topics: a few steps of EM give the expected number of words due to each unit of the lowest layer.
+From those K numbers, not from V words, a small network computes the factors of all layers; for the
+lowest layer it only corrects the conjugate answer, shape = prior shape + expected number of words.
 
 *Start.* Mean-field guides of topics collapse: a unit that starts near the background has nothing to
 gain by itself and never leaves. So the weights start from EM on some thousand documents, means and
@@ -48,9 +47,9 @@ def _kl_lognormal_gamma(q, p):
 def positive(family, log_mean, log_shape):
     """A distribution on (0, inf) of this mean, with the relative variance 1 / shape of a Gamma.
 
-    family: "gamma" or "lognormal". Bounds, soft so that no gradient vanishes: exp(+-25) for the mean
-    and exp(+-7) for the shape. At both lower bounds a lognormal draw five sds down is exp(-43),
-    still a number in single precision.
+    family: "gamma" or "lognormal". Soft bounds: exp(+-25) for the mean and exp(+-7) for the shape.
+    At both lower bounds a lognormal draw five sds down is exp(-42), still a number in single
+    precision; Gamma draws are kept above the smallest one by torch.
 
     >>> q = positive("lognormal", torch.tensor(0.0), torch.tensor(0.0))
     >>> round(float(q.mean), 3), round(float(q.variance), 3)
@@ -194,10 +193,17 @@ class Guide(PyroModule):
         w = self.known["w0"] if self.known else q[0].mean.detach()
         with pyro.plate("documents", len(exposure)) as rows:
             x = dense(documents[rows], len(background), background.dtype)
-            # Through a constant copy of the weights: q(w) is fitted to the words, not to the reader.
+            # Through a constant copy of the weights: q(w) is fitted to words, not to the reader.
             n, z = read(x, exposure[rows], w, self.reads)
             features = torch.cat([(PSEUDO + n).log(), exposure[rows, None].log()], 1)
             outputs = self.network(features).split([2 * units for units in self.widths], 1)
             for layer in range(depth, 0, -1):
                 a, b = outputs[layer - 1].chunk(2, 1)
                 pyro.sample(f"z{layer}", self.factor(layer, a, b, n, z).to_event(1))
+
+
+guide = Guide()
+# The same with lognormal factors for the documents, which have heavier tails than the sparse Gamma
+# that a unit without words has in the posterior.
+lognormal_factors = Guide(factors="lognormal")
+GUIDES = {"gamma factors": guide, "lognormal factors": lognormal_factors}

@@ -51,7 +51,7 @@ def model(
     link="inverse",
     learn=True,
 ):
-    """z_L,k ~ F(top),  z_l,k | z_(l+1) ~ F(link(s_k)), s = z_(l+1) w_l,  x_v ~ Poisson(e (z_1 w_0)_v)
+    """z_L ~ F(top),  z_l | z_(l+1) ~ F(link(s)), s = z_(l+1) w_l,  x_v ~ Poisson(e (z_1 w_0)_v)
 
     for each document, with w_l and F one of
 
@@ -62,10 +62,10 @@ def model(
         "poisson"    "gamma"   "log"       Poisson(s_k + b_k)
         "normal"     "normal"  "identity"  Normal(s_k + b_k, 1); the words see softplus(z_1)
 
-    and w_0 ~ Gamma always, since words need positive rates. Where all units of a document can be
-    zero, its words have rates of their own besides: x_v ~ Poisson(e (z_1 w_0 + b_0)_v). The shapes of
-    z, the top layer's means and the intercepts b are parameters, fitted with the guide's (empirical
-    Bayes), or stay where they start if not `learn`.
+    and w_0 ~ Gamma always, since words need positive rates. Except with Gamma units, which are
+    never zero, words have rates of their own besides: x_v ~ Poisson(e (z_1 w_0 + b_0)_v). The
+    shapes of z, the top layer's means and the intercepts b are parameters, fitted with the guide's
+    (empirical Bayes), or stay where they start if not `learn`.
 
     documents: (N, M, 2), pairs (word, count) filled up with (0, 0); None to draw them. exposure:
     (N,), the size of each document, 1 being an average one. background: (V,), the mean count of
@@ -125,8 +125,19 @@ def variant(widths=WIDTHS, latent="gamma", weights="gamma", link="inverse", lear
     return fixed
 
 
+# The table of the paper: sparse Gamma, sigmoid, Poisson with real weights, Poisson with log link.
+VARIANTS = {
+    "sparse gamma 100": variant((100,)),
+    "sparse gamma 100-30": variant((100, 30)),
+    "sparse gamma 100-30-15": variant((100, 30, 15)),
+    "sigmoid 100-30-15": variant((100, 30, 15), "bernoulli", "normal", "logit"),
+    "poisson 100-30-15": variant((100, 30, 15), "poisson", "normal", "softplus"),
+    "poisson log-link 100-30-15": variant((100, 30, 15), "poisson", "gamma", "log"),
+}
+
+
 def prior_given(s, latent, link, parameter, name):
-    """The conditional of a layer that is not Gamma; where s = 0, it starts at the mean MEAN[latent]."""
+    """The conditional of a layer that is not Gamma, given s; at s = 0 its mean starts at MEAN."""
     units, start = s.shape[-1], torch.tensor(MEAN[latent])
     if link == "log":
         return dist.Poisson(s + parameter(name, units, MEAN[latent]))
@@ -147,7 +158,7 @@ class Words(TorchDistribution):
     is (N, M, 2), filled up with (0, 0).
     """
 
-    arg_constraints = {"z": constraints.real, "w": constraints.real}
+    arg_constraints = {"z": constraints.real, "w": constraints.real}  # noqa: RUF012
     support = constraints.independent(constraints.nonnegative_integer, 2)
     has_rsample = False
     CHUNK = 4096  # documents whose rates are computed at once: 4096 x 8,000 words are 130 MB
@@ -179,7 +190,7 @@ class Words(TorchDistribution):
         return (count * log_rate - torch.lgamma(count + 1)).sum(-1) - total
 
     @torch.no_grad()
-    def sample(self, sample_shape=torch.Size()):
+    def sample(self, sample_shape=()):
         counts = torch.poisson(self.rates())
         count, word = counts.topk(self.length, -1)
         return torch.stack([word * (count > 0), count.long()], -1)
