@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pyro.poutine as poutine
 import torch
-from pyro.infer import MCMC, NUTS
 
 import vi_toolkit as vi
 from recipes.deep_exponential_family import Guide, arguments, exact, variant
@@ -120,49 +119,8 @@ def gibbs(units=4, steps=1_500):
     print(table.drop(columns=["tokens"]).round(3).to_string())
 
 
-def nuts(draws=1_000, warmup=1_000, steps=3_000):
-    """6 documents of about 30 words, layers of 3 and 2 sparse Gamma units; the weights are known."""
-    model = variant((3, 2), learn=False)
-    known, given, weights = drawn(model, torch.ones(6), torch.full((15,), 2.0), seed=1)
-    factors = {}
-    for seed in range(2):
-        torch.manual_seed(seed)
-        kernel = NUTS(known, jit_compile=True, ignore_jit_warnings=True)
-        sampler = MCMC(kernel, draws, warmup, disable_progbar=True)
-        sampler.run(**given)
-        factors[f"NUTS, chain {seed}"] = sampler.get_samples()
-    for family in ("gamma", "lognormal"):
-        guide = Guide((3, 2), factors=family, hidden=64, known=weights).double()
-        fit = vi.fit(
-            known,
-            guide,
-            given,
-            estimator=vi.Reparam(analytic_kl=True),
-            optimizer=0.01,
-            steps=steps,
-            compile=False,
-            progress=False,
-        )
-        factors[f"VI, {family} factors"] = fit.sample(4_000)
-    rates = {name: draw["z1"] @ weights["w0"] for name, draw in factors.items()}
-    first = rates["NUTS, chain 0"]
-    rows = {}
-    for name, rate in rates.items():
-        # A further document of the same factors: log E p(x_new | z), x_new being what NUTS expects.
-        expected = first.mean(0)
-        density = (expected * rate.log() - rate).sum(-1).logsumexp(0) - math.log(len(rate))
-        rows[name] = {
-            "held-out log density": density.mean().item(),
-            "rms error of mean rates, in sds": (
-                ((rate.mean(0) - first.mean(0)) / first.std(0)).square().mean().sqrt().item()
-            ),
-            "median ratio of sds": (rate.std(0) / first.std(0)).median().item(),
-        }
-    print(pd.DataFrame(rows).T.round(3).to_string())
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("which", choices=["sigmoid", "gibbs", "nuts"])
+    parser.add_argument("which", choices=["sigmoid", "gibbs"])
     torch.set_num_threads(1)
-    {"sigmoid": sigmoid, "gibbs": gibbs, "nuts": nuts}[parser.parse_args().which]()
+    {"sigmoid": sigmoid, "gibbs": gibbs}[parser.parse_args().which]()

@@ -1,6 +1,6 @@
 """Deep exponential families for text: topics, topics of topics, and what they say of unseen words.
 
-    z_L ~ Gamma,  z_l | z_(l+1) ~ Gamma(shape_l, mean z_(l+1) w_l),  x_v | z_1 ~ Poisson((z_1 w_0)_v)
+    z_L ~ Gamma,  z_l | z_(l+1) ~ Gamma(shape_l, mean z_(l+1) w_l),  x | z_1 ~ Poisson(z_1 w_0)
 
 The model of Ranganath, Tang, Charlin and Blei, "Deep Exponential Families", AISTATS 2015, with its
 other families too (binary, Poisson and Gaussian units): `variant` names one by widths, latent and
