@@ -62,10 +62,9 @@ def state_of_the_union():
     first = dict.fromkeys(bags)  # in order, without repetition
     first.pop((), None)
     years_of = dict(zip(reversed(bags), reversed(years), strict=True))  # of the first occurrence
-    pairs = [(row, word) for row, bag in enumerate(first) for word in bag]
-    rows, columns = np.array(pairs).T
+    tokens = np.array([(row, word) for row, bag in enumerate(first) for word in bag])
     shape = (len(first), len(vocabulary))
-    counts = scipy.sparse.csr_matrix((np.ones(len(rows), np.int64), (rows, columns)), shape)
+    counts = scipy.sparse.csr_matrix((np.ones(len(tokens), np.int64), tuple(tokens.T)), shape)
     counts.sum_duplicates()
     return Corpus(counts, vocabulary, np.array([years_of[bag] for bag in first]))
 
