@@ -14,9 +14,9 @@ topics: a few steps of EM give the expected number of words due to each unit of 
 From those K numbers, not from V words, a small network computes the factors of all layers; for the
 lowest layer it only corrects the conjugate answer, shape = prior shape + expected number of words.
 
-*Start.* Mean-field guides of topics collapse: a unit that starts near the background has nothing to
-gain by itself and never leaves. So the weights start from EM on some thousand documents, means and
-shapes.
+*Start.* Started from noise, the topics of a mean-field guide stay near the background for long, and
+if the prior of w0 is fitted meanwhile, for good. So the weights start from EM on some thousand
+documents, means and shapes, and that prior is fixed.
 """
 
 import math

@@ -34,7 +34,7 @@ from recipes.deep_exponential_family.evaluate import (
     unigram,
 )
 from recipes.deep_exponential_family.guide import Guide, dense, positive, read, start
-from recipes.deep_exponential_family.model import FAMILIES, Words, variant
+from recipes.deep_exponential_family.model import FAMILIES, VARIANTS, Words, variant
 from tests.tolerances import Z
 
 
@@ -239,6 +239,20 @@ def test_every_family_draws_and_has_a_density(latent, weights, link):
         "identity": lambda: s + store["b1"],
     }[link]()
     torch.testing.assert_close(mean, expected)
+
+
+def test_variants_of_the_paper():
+    given = {"exposure": torch.ones(2), "background": torch.ones(9)}
+    for name, drawn in VARIANTS.items():
+        with pyro.get_param_store().scope():
+            trace = poutine.trace(drawn).get_trace(**given)
+        widths = [int(units) for units in name.split()[-1].split("-")]
+        shapes = {n: trace.nodes[n]["value"].shape for n in drawn.LATENTS}
+        layers = range(1, len(widths) + 1)
+        assert [shapes[f"z{i}"] for i in layers] == [(2, units) for units in widths]
+        assert [shapes[f"w{i}"] for i in layers[:-1]] == [
+            (above, below) for above, below in zip(widths[1:], widths, strict=False)
+        ]
 
 
 def test_what_is_no_family_is_refused():
