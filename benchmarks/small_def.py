@@ -90,7 +90,7 @@ def gibbs(units=4, steps=1_500):
     rates = {"Gibbs, all chains": truth}
     rates |= {f"Gibbs, chain {i}": chain for i, chain in enumerate(chains)}
     for factors in ("gamma", "lognormal"):
-        for seed in range(3):
+        for seed in range(2):
             guide = Guide((units,), factors=factors).start(**given, seed=seed)
             fit = vi.fit(
                 variant((units,), learn=False),
