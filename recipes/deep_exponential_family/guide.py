@@ -32,6 +32,10 @@ from .model import TINY, WIDTHS
 
 PSEUDO = 0.1  # shape that EM adds to each unit and word: keeps unseen ones possible
 SEEDS = 20  # documents that a unit starts from
+# Adam moves every weight by about its step size, so a network's output by the step size times its
+# width. These keep the first moves of log means and log shapes near 0.1 at the step size of 0.02
+# that suits the weights; without them the first ten steps undo the start.
+INPUT_SCALE, OUTPUT_SCALE = 0.1, 0.05
 CHUNK = 1000  # documents that are read at once at the start
 
 
@@ -196,7 +200,8 @@ class Guide(PyroModule):
             # Through a constant copy of the weights: q(w) is fitted to words, not to the reader.
             n, z = read(x, exposure[rows], w, self.reads)
             features = torch.cat([(PSEUDO + n).log(), exposure[rows, None].log()], 1)
-            outputs = self.network(features).split([2 * units for units in self.widths], 1)
+            outputs = OUTPUT_SCALE * self.network(INPUT_SCALE * features)
+            outputs = outputs.split([2 * units for units in self.widths], 1)
             for layer in range(depth, 0, -1):
                 a, b = outputs[layer - 1].chunk(2, 1)
                 pyro.sample(f"z{layer}", self.factor(layer, a, b, n, z).to_event(1))
