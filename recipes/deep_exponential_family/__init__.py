@@ -8,6 +8,10 @@ weight family and link, and VARIANTS has those of the paper's table. The data ar
 State of the Union addresses, 1790 to 2026. A model of words is judged by words it has not seen:
 evaluate.py has the protocol. exact.py has what can be computed exactly on small models.
 
+In work. One layer of 50 units has scored -7.60 nats per held-out token on these data; single words'
+frequencies score -7.95, latent Dirichlet allocation by collapsed Gibbs sampling -7.29. So use it to
+learn how such a model is written and fitted, not yet for the best topics.
+
 >>> import torch, vi_toolkit as vi
 >>> from recipes.deep_exponential_family import Guide, simulate, variant
 >>> data, _ = simulate(0, documents=100, terms=30)
@@ -18,6 +22,7 @@ torch.Size([3, 100, 5])
 """
 
 from .data import arguments, coords, load_data, simulate
+from .exact import reference
 from .guide import GUIDES, Guide, guide, lognormal_factors
 from .model import LATENTS, VARIANTS, model, variant
 
@@ -32,6 +37,7 @@ __all__ = [
     "load_data",
     "lognormal_factors",
     "model",
+    "reference",
     "simulate",
     "variant",
 ]
