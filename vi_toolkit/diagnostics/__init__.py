@@ -6,6 +6,7 @@ from vi_toolkit.diagnostics.evidence import Evidence, log_evidence
 from vi_toolkit.diagnostics.importance import ImportanceMoments, importance_moments
 from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
 from vi_toolkit.diagnostics.local_psis import LocalParetoK, local_psis
+from vi_toolkit.diagnostics.missed_modes import MissedMode, missed_modes
 from vi_toolkit.diagnostics.predictive import PredictiveCheck, predictive_check
 from vi_toolkit.diagnostics.psis import ParetoK, pareto_k, psis
 from vi_toolkit.diagnostics.suggest import GuideSuggestion, suggest_guide
@@ -22,6 +23,7 @@ __all__ = [
     "ImportanceMoments",
     "LinearResponse",
     "LocalParetoK",
+    "MissedMode",
     "ParetoK",
     "PredictiveCheck",
     "convergence",
@@ -31,6 +33,7 @@ __all__ = [
     "linear_response",
     "local_psis",
     "log_evidence",
+    "missed_modes",
     "pareto_k",
     "predictive_check",
     "psis",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from vi_toolkit.diagnostics.convergence import Convergence, convergence
 from vi_toolkit.diagnostics.evidence import Evidence, evidence_of
 from vi_toolkit.diagnostics.importance import ImportanceMoments, moments_of, weighted_draws
 from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
+from vi_toolkit.diagnostics.missed_modes import MissedMode, missed_modes
 from vi_toolkit.diagnostics.psis import ParetoK
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Diagnosis:
         table: a row per scalar with the guide's mean and sd beside these moments'; None likewise.
         evidence: log evidence and its gap to the ELBO; None likewise.
         bounds: on the error of every mean and sd, where the guide's own weights can be used.
+        missed: other modes that hold mass; found by chance, so that none is no proof.
     """
 
     verdict: str
@@ -52,6 +54,7 @@ class Diagnosis:
     table: pd.DataFrame | None = None
     evidence: Evidence | None = None
     bounds: ErrorBounds | None = None
+    missed: list[MissedMode] = field(default_factory=list)
 
     def __repr__(self) -> str:
         lines = [f"Verdict: {self.verdict}."] + [f"- {reason}" for reason in self.reasons]
@@ -84,6 +87,9 @@ class Diagnosis:
                 key: getattr(self.pareto_k, key)
                 for key in ("k", "standard_error", "effective_fraction", "sd_log_weight", "draws")
             }
+        out["missed_modes"] = [
+            {"share": mode.share, "location": mode.location} for mode in self.missed
+        ]
         if self.evidence is not None:
             for key in ("log_evidence", "log_evidence_se", "elbo", "elbo_se", "gap", "gap_se"):
                 out[key] = getattr(self.evidence, key)
@@ -117,10 +123,12 @@ def diagnose(
     4. Where either proposal's weights are reliable, posterior means and sds by importance sampling,
        and the guide's beside them, held to the limits of :func:`~vi_toolkit.compare`.
 
+    5. Other modes, looked for from new starts (:func:`~vi_toolkit.missed_modes`): the only rung
+       that sees mass far from where the fit is, and it may miss some.
+
     If no proposal is reliable, nothing confirms the fit, and the verdict is "do not trust" even
     though it may be right: in many dimensions (some 50 for k-hat of a very good fit) that is what
-    importance sampling can say. No rung sees mass that is far from where the fit looked; the
-    deterministic method's many starts are the guard against that, and ``restarts=`` the other's.
+    importance sampling can say.
 
     Args:
         fit: a :class:`~vi_toolkit.Fit`.
@@ -172,7 +180,10 @@ def diagnose(
             wider = weighted_draws(fit, covariance, draws, REPETITIONS, seed)
             wide = moments_of(fit, wider, "multivariate t")
     reliable = [m for m in (wide, own) if m is not None and m.pareto_k.reliable]
+    missed = missed_modes(fit, reliable[0].log_evidence if reliable else None, seed=seed)
     reasons, next_steps = [], []
+    if missed:
+        reasons.append(f"It is not the whole posterior: {missed[0].meaning}.")
     if not reliable:
         reasons.append(
             f"Nothing confirms it: k-hat is {own.pareto_k.k:.2f} for the guide"
@@ -181,7 +192,7 @@ def diagnose(
         )
         next_steps = _unconfirmed(fit, response)
         return Diagnosis(
-            DO_NOT_TRUST, reasons, next_steps, arrived, own.pareto_k, response, None, None
+            DO_NOT_TRUST, reasons, next_steps, arrived, own.pareto_k, response, missed=missed
         )
     moments = reliable[0]
     table = _table(fit, moments, mean_tolerance, sd_tolerance)
@@ -206,6 +217,13 @@ def diagnose(
     verdict = TRUST if means_right and sds_right else MEANS_ONLY if means_right else DO_NOT_TRUST
     if verdict != TRUST:
         next_steps = _corrections(fit, response, moments)
+    if missed:
+        verdict = DO_NOT_TRUST
+        reasons[1:] = [f"Within its own mode: {r[0].lower()}{r[1:]}" for r in reasons[1:]]
+        next_steps = [
+            "If a symmetry of the model (signs, labels) makes the modes, break it by a constraint, "
+            "or use only what is the same in all of them; else use MCMC from many starts."
+        ]
     return Diagnosis(
         verdict,
         reasons,
@@ -217,6 +235,7 @@ def diagnose(
         table,
         evidence_of(moments, sample),
         bounds_of(fit, sample) if own.pareto_k.reliable else None,
+        missed,
     )
 
 
