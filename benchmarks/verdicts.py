@@ -30,6 +30,7 @@ import vi_toolkit as vi
 from benchmarks.posteriordb import read_draws, read_json
 from benchmarks.posteriordb_models import MODELS
 from vi_toolkit.joint import Joint
+from vi_toolkit.scope import borrowed_globals
 
 GUIDES = {"full-rank": AutoMultivariateNormal, "mean-field": AutoNormal}
 VERDICTS = ["trust", "trust the means only", "do not trust"]
@@ -78,7 +79,8 @@ def pairs(folder: Path | None) -> Iterator[tuple[str, str, Any, dict, Any, np.nd
         posterior = MODELS[name]
         data = posterior.prepare(read_json(folder / "data" / f"{name.split('-', 1)[0]}.json.zip"))
         sites = posterior.to_sites(read_draws(path))
-        joint = Joint(posterior.model, data)
+        with borrowed_globals(dtype=torch.float64):  # as vi.fit, which takes data to float64
+            joint = Joint(posterior.model, data)
         u = joint.flatten({site: sites[site] for site in joint.sites}).detach().double().numpy()
         for label, guide in GUIDES.items():
             yield name, label, posterior.model, data, guide, u.mean(0), u.std(0)
