@@ -83,7 +83,7 @@ def assert_the_same(joint, u):
 
 
 @pytest.mark.parametrize(("model", "data"), MODELS)
-@pytest.mark.parametrize("count", [1, 16, 37])
+@pytest.mark.parametrize("count", [1, 9, 37])
 @pytest.mark.usefixtures("interpreted")
 def test_gradients_are_the_models(model, data, count):
     joint = Joint(model, data)
@@ -114,9 +114,9 @@ def test_a_point_without_a_density_is_nan_and_spoils_no_other():
 
     joint = Joint(covariance, {"y": PAIRS[0]})
     joint.compile(insist=True)
-    u = torch.tensor([[0.3], [2.0], [-0.5]])  # 2 makes the matrix indefinite
+    u = torch.tensor([[0.3], [2.0], [-0.5]]).repeat(4, 1)  # 2 makes the matrix indefinite
     value = joint.gradients(u)[1]
-    assert torch.isfinite(value).tolist() == [True, False, True]
+    assert torch.isfinite(value).tolist() == 4 * [True, False, True]
     assert torch.allclose(value[0], joint.log_density(u[0]))
 
 
