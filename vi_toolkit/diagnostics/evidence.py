@@ -17,7 +17,7 @@ from vi_toolkit.diagnostics.psis import ParetoK
 
 @dataclass(frozen=True)
 class Evidence:
-    """Log evidence and ELBO, in nats.
+    """Log evidence and ELBO, in nats. Two numbers and their errors, so it has no ``.plot()``.
 
     Attributes:
         log_evidence, log_evidence_se: log p(x) and its Monte Carlo standard error.
@@ -50,7 +50,7 @@ class Evidence:
         )
         if self.pareto_k.reliable:
             return said
-        return f"{said}; but with k-hat {self.pareto_k.k:.2f} the evidence is probably too low"
+        return f"{said}; but the evidence is probably too low: {self.pareto_k.fault}"
 
     def __repr__(self) -> str:
         return f"Evidence: {self.meaning}"
