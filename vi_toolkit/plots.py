@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -119,38 +120,48 @@ def _wrapped(sentences: list[str], width: int = 110) -> list[str]:
 
 
 def plot_chains(found: WarmChains, scalars: int = 6) -> Figure:
-    """The chains' mean over time, in posterior sds from where it ends, and R-hat of every scalar.
+    """The chains' means on their way from the guide's, in posterior sds, and R-hat per scalar.
 
-    A guide that is right starts at zero and stays in the grey band, two standard errors of a slice.
+    The grey band is two standard errors of a mean over the chains and a slice of time. The means of
+    a right guide start inside it, near zero.
 
     Args:
         found: from :func:`~vi_toolkit.warm_chains`.
         scalars: at most so many lines, those that moved furthest first.
     """
-    from vi_toolkit.diagnostics.chains import SLICE, WARMUP
+    from vi_toolkit.diagnostics.chains import WARMUP
 
-    moved = (found.path - found.mean) / found.sd
-    # From the first slices, where the guide is still seen.
-    order = np.argsort(-np.abs(moved[:2]).max(0))[:scalars]
-    when = SLICE * (np.arange(len(moved)) + 0.5)
-    # A slice's mean has an effective draw per autocorrelation time, at least one per chain.
-    per_chain = np.clip(found.bulk_ess[order] / (found.chains * found.draws) * SLICE, 1, SLICE)
-    noise = 2 / np.sqrt(found.chains * per_chain.min())
+    order = np.argsort(-np.abs(found.moved))[:scalars]
+    edges = [0]
+    while edges[-1] < len(found.path):  # slices that grow, since most happens at the beginning
+        edges.append(min(max(edges[-1] + 1, int(1.5 * edges[-1])), len(found.path)))
+    slices = [np.arange(a, b) for a, b in itertools.pairwise(edges)]
+    when = [0.6, *(float(np.sqrt((s[0] + 1) * (s[-1] + 1))) for s in slices)]
+    means = np.stack([found.guide_mean, *(found.path[s].mean(0) for s in slices)])
+    moved = (means - found.mean) / found.sd
+    rate = found.bulk_ess.min() / (found.chains * found.draws)  # effective draws of a transition
+    noise = [2 / np.sqrt(found.chains * max(1, min(rate, 1) * len(s))) for s in slices]
+    noise = np.array([noise[0], *noise])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-        left.axhspan(-noise, noise, color=REFERENCE, lw=0)
+        left.fill_between(when, -noise, noise, color=REFERENCE, lw=0)
         left.axvline(sum(WARMUP), color="#777777", lw=0.8, ls=":")
         for k, i in enumerate(order):
-            left.plot(when, moved[:, i], color=COLOURS[k], lw=1.4, label=found.names[i])
+            left.plot(when, moved[:, i], color=COLOURS[k], lw=1.3, label=found.names[i])
+            left.plot(when[:1], moved[:1, i], "o", ms=4, color=COLOURS[k])
         left.annotate(
             "kept from here", (sum(WARMUP), 0.02), (3, 0), xycoords=("data", "axes fraction"),
             textcoords="offset points", fontsize=7.5, color="#777777",
         )  # fmt: skip
+        left.set_xscale("log")
+        left.set_xticks([0.6, 1, 10, 100, 1000], ["guide", "1", "10", "100", "1000"])
+        left.minorticks_off()
+        left.set_xlim(0.5, len(found.path))
         left.set_xlabel("transition")
         left.set_ylabel("mean of the chains (posterior sds)")
         left.set_title("Do the chains leave the guide?")
-        left.legend(frameon=False, fontsize=8, loc="upper right")
+        figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=scalars)
         right.plot(found.bulk_ess, found.r_hat, "o", ms=3.5, alpha=0.7, color=COLOURS[0])
         right.axhline(1.01, color="#777777", lw=0.8, ls=":")
         right.axvline(1_000, color="#777777", lw=0.8, ls=":")
@@ -213,9 +224,8 @@ def plot_local_psis(found: LocalParetoK, named: int = 5) -> Figure:
         axes.margins(y=0.12)
         axes.set_xlabel(found.plate)
         axes.set_ylabel("k-hat")
-        axes.set_title(
-            f"{', '.join(found.sites)}: {len(found.bad)} of {len(found.k)} with k-hat of 0.7 or more"
-        )
+        sites = ", ".join(found.sites)
+        axes.set_title(f"{sites}: {len(found.bad)} of {len(found.k)} with k-hat of 0.7 or more")
     return figure
 
 

@@ -70,8 +70,12 @@ class ParetoK:
         if self.reliable:
             return ""
         if self.k >= self.limit:
-            return f"k-hat is {self.k:.2f}, where {self.limit:.2f} is the most for {self.draws} draws"
-        return f"about {self.unseen:.2g} of the mass is beyond the largest weight (k-hat {self.k:.2f})"
+            return (
+                f"k-hat is {self.k:.2f}, where {self.limit:.2f} is the most for {self.draws} draws"
+            )
+        return (
+            f"about {self.unseen:.2g} of the mass is beyond the largest weight (k-hat {self.k:.2f})"
+        )
 
     @property
     def meaning(self) -> str:
