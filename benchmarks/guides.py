@@ -146,7 +146,8 @@ def guides(
         yield "full rank, theta non-centred", non_centred(model), AutoMultivariateNormal, {}
     if flow_steps and ("eight" in name or name == "linear_regression"):
         both = auxiliary(model, data)
-        options = {"steps": flow_steps, "optimizer": 0.01, "compile": False}
+        many = vi.Reparam(particles=10)
+        options = {"steps": flow_steps, "optimizer": 0.005, "estimator": many, "compile": False}
         yield "auxiliary variables (bound)", both.model, both.guide, options
     if flow_steps and "eight" in name:
         options = {"steps": flow_steps, "optimizer": 0.01}

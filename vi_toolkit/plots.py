@@ -140,8 +140,8 @@ def plot_chains(found: WarmChains, scalars: int = 6) -> Figure:
     means = np.stack([found.guide_mean, *(found.path[s].mean(0) for s in slices)])
     moved = (means - found.mean) / found.sd
     rate = found.bulk_ess.min() / (found.chains * found.draws)  # effective draws of a transition
-    noise = [2 / np.sqrt(found.chains * max(1, min(rate, 1) * len(s))) for s in slices]
-    noise = np.array([noise[0], *noise])
+    counts = np.array([1, *(len(s) for s in slices)])
+    noise = 2 / np.sqrt(found.chains * np.maximum(1, min(rate, 1) * counts))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(2, 1))

@@ -154,7 +154,7 @@ def warm_chains(fit: Any, covariance: np.ndarray | None = None, seed: int = 0) -
         metric = torch.as_tensor(covariance, dtype=torch.float64)
         metric = metric if joint.dim <= DENSE else metric.diagonal()
     with fit._room(seeded_state(fit._seed(seed, 6))), torch.no_grad():
-        run = _Run(joint, start, metric.to(dtype))
+        run = _Run(joint, start, metric.to(start))
         if joint.many_with_gradient.vectorises is False and joint.compiled is None:
             return None
         before = [u for length in WARMUP for u in run.adapted(length)]
@@ -260,7 +260,7 @@ class _Run:
         change = value - 0.5 * p.square().sum(1) - before
         self.divergences += int((~(change > -1_000)).sum())
         accept = change.nan_to_num(nan=-math.inf).clamp_max(0).exp()
-        moves = torch.rand(len(u), dtype=u.dtype) < accept
+        moves = torch.rand_like(accept) < accept
         self.at = torch.where(moves[:, None], u, self.at)
         self.gradient = torch.where(moves[:, None], gradient, self.gradient)
         self.value = torch.where(moves, value, self.value)

@@ -229,7 +229,7 @@ def diagnose(
         f"Every mean agrees with {_by(moments)}: the largest error is "
         f"{errors[worst]:+.3f} sd ({worst})."
         if means_right
-        else f"{off} of {len(table)} means are off by {_by(moments)}, {worst} by "
+        else f"By {_by(moments)} {off} of {len(table)} means are off, {worst} by "
         f"{errors[worst]:+.3f} sd."
     )
     narrow = (ratios.map(math.log)).abs().idxmax()
