@@ -251,7 +251,7 @@ def test_do_not_trust_means_that_are_off():
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 def test_do_not_trust_centred_eight_schools(guide):
-    found = vi.diagnose(fitted(eight_schools, guide, SCHOOLS), draws=20_000)
+    found = vi.diagnose(fitted(eight_schools, guide, SCHOOLS), draws=20_000, chains=False)
     assert found.verdict == "do not trust"
     assert found.pareto_k.k > 0.7
     assert found.next_steps
