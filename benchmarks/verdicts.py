@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     if folder is None and "VI_BENCH_DATA" in os.environ:
         folder = Path(os.environ["VI_BENCH_DATA"]) / "posteriordb"
     print(
-        f"{'posterior':40} {'guide':10} {'mean err':>8} {'sd ratio':>8}  {'truth':20} "
+        f"{'posterior':40} {'guide':11} {'mean err':>8} {'sd ratio':>8}  {'truth':20} "
         f"{'verdict':20} {'k-hat':>5} {'by':8} {'its errors':11} {'LR sd ratio':>13} {'fit s':>6} "
         f"{'diag s':>6}"
     )
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             spread = found.moments.sd / of.sd
             estimated = f"{gap:.3f} {spread[np.abs(np.log(spread)).argmax()]:.3f}"
         print(
-            f"{name:40} {label:10} {error:8.3f} {ratio:8.3f}  {right:20} {found.verdict:20} "
+            f"{name:40} {label:11} {error:8.3f} {ratio:8.3f}  {right:20} {found.verdict:20} "
             f"{k:>5} {by:8} {estimated:11} {response:>13} {fit.seconds:6.1f} {seconds:6.1f}",
             flush=True,
         )
