@@ -48,9 +48,11 @@ class Evidence:
             f"log evidence {self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats, the ELBO "
             f"{self.gap:.3f} ± {self.gap_se:.3f} below it"
         )
-        if self.pareto_k.reliable:
+        k = self.pareto_k
+        # Mass unseen is missing from the evidence, and no worse than noise of that size.
+        if k.reliable or (k.k < k.limit and k.unseen <= self.log_evidence_se):
             return said
-        return f"{said}; but the evidence is probably too low: {self.pareto_k.fault}"
+        return f"{said}; but the evidence is probably too low: {k.fault}"
 
     def __repr__(self) -> str:
         return f"Evidence: {self.meaning}"
