@@ -24,13 +24,15 @@ What is done to the lines, in this order:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyro.poutine as poutine
 import torch
+
+from .model import PAPER, model
 
 COLUMNS = ("household", "basket", "item", "week", "price")
 NOT_GROCERIES = ("FUEL", "MISCELLANEOUS", "COUPON")
@@ -358,3 +360,137 @@ def _product_labels(products: pd.DataFrame) -> dict[Any, str]:
     own = np.where(products["brand"] == "Private", " (own brand)", "")
     text = [f"{k}{o}{' ' + s if s else ''}" for k, s, o in zip(kind, size, own, strict=True)]
     return dict(zip(products.index, text, strict=True))
+
+
+SMALL = {"terms": ("prices",), "price_size": 1, "price_prior": (2.0, 2.0), "shuffle": False}
+
+
+def small_trips(items: int = 5, households: int = 10) -> Trips:
+    """Trips to the largest store that bought of the most bought products, by the busiest households.
+
+    >>> small_trips()
+    Trips(249 baskets, 393 purchases of 6 items by 20 households, 53 weeks)
+    """
+    trips = load_trips(items=items, store=LARGEST_STORE, smallest=1)
+    made = np.bincount(trips.household, minlength=len(trips.households))
+    busiest = np.sort(np.argsort(-made, kind="stable")[:households])
+    chosen = trips.take(np.flatnonzero(np.isin(trips.household, busiest)))
+    number = torch.tensor(np.searchsorted(busiest, chosen.household))
+    return replace(chosen, household=number, households=trips.households[busiest])
+
+
+def load_data() -> dict[str, Any]:
+    """The model's arguments for a problem that NUTS can solve, in float64.
+
+    Which of the five most bought products the ten busiest households of the largest store put
+    into their baskets, with an intercept for each product and a price term for each product and
+    household. Without embeddings every latent is identified, so that they can be compared one by
+    one; `load_trips` has the data for the whole model.
+
+    >>> data = load_data()
+    >>> data["history"].shape, data["terms"]
+    (torch.Size([10, 5]), ('prices',))
+    """
+    return _double(small_trips().arguments(**SMALL))
+
+
+def coords() -> dict[str, list[str]]:
+    """Labels of the named dims of `load_data()`."""
+    trips = small_trips()
+    return {
+        "items": [*trips.item_labels, "checkout"],
+        "households": [str(name) for name in trips.households],
+        "prices": ["1"],
+    }
+
+
+def _double(data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in data.items()
+    }
+
+
+def simulate(
+    seed: int,
+    trips: int = 400,
+    households: int = 20,
+    items: int = 12,
+    weeks: int = 20,
+    planted: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Data drawn from the model: (its arguments, truth with all its latents), in float64.
+
+    planted: the items come in fours, A, A', B, B', of which A and A' are exchangeable, and so are B
+    and B'. Whoever has one of the As wants a B and no second A; and the other way round. Prices
+    matter twice as much for the first four as for the others. Needs `items` divisible by four.
+    Otherwise the latents are drawn from their priors. The history is that of trips before these.
+
+    options: of the model; those of `load_data()` unless given, or those of the paper with
+    embeddings of three (planted: `items` / 4 + 1) dimensions if `planted`.
+
+    >>> data, truth = simulate(0, trips=50, planted=True)
+    >>> data["baskets"].shape[0], truth["attributes"].shape
+    (50, torch.Size([13, 6]))
+    """
+    small = {"longest": 10} | (
+        {"terms": PAPER, "size": 2 * items // 4, "price_size": 1, "season_size": 1}
+        | {"price_prior": (4.0, 4.0), "shuffle": False}
+        if planted
+        else SMALL
+    )
+    options = small | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cycle = (0.25 * torch.randn(weeks, items)).double()
+        data: dict[str, Any] = {
+            "household": torch.randint(households, (trips,)),
+            "week": torch.randint(weeks, (trips,)),
+            "log_price": cycle - cycle.mean(0),
+            "history": torch.zeros(households, items).double(),
+        }
+        truth = _planted(items, households, options) if planted else {}
+        nodes: Any = poutine.trace(poutine.condition(model, data=truth)).get_trace(**data, **options)
+        nodes = nodes.nodes
+    sites = {name: node["value"] for name, node in nodes.items() if _latent(node)}
+    baskets = nodes["baskets"]["value"]
+    # A shopper who bought nothing made no trip: the model lets nobody leave at once.
+    data["baskets"] = baskets
+    counts = data["history"]
+    if "habit" not in options["terms"]:
+        trip, place = torch.nonzero(baskets >= 0, as_tuple=True)
+        one = torch.ones(len(trip)).double()
+        where = data["household"][trip], baskets[trip, place]
+        data["history"] = counts.index_put(where, one, accumulate=True)
+    del options["longest"]
+    return data | options, sites
+
+
+def _latent(node: dict[str, Any]) -> bool:
+    return (
+        node["type"] == "sample"
+        and torch.is_tensor(node["value"])
+        and node["value"].is_floating_point()
+    )
+
+
+def _planted(items: int, households: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    fours = items // 4
+    kind = torch.arange(items) // 2  # A A' B B' of the first four are kinds 0 0 1 1
+    attributes = torch.zeros(items + 1, 2 * fours).double()
+    attributes[torch.arange(items), kind] = 1.0
+    interaction = torch.zeros_like(attributes)
+    interaction[torch.arange(items), kind] = -2.0
+    interaction[torch.arange(items), kind ^ 1] = 3.0
+    intercept = 0.3 * torch.randn(items + 1).double()
+    intercept[-1] = 0.5
+    price = torch.ones(items + 1, options["price_size"]).double()
+    price[:4] = 2.0
+    return {
+        "attributes": attributes,
+        "interaction": interaction,
+        "intercept": intercept,
+        "price_effect": price / options["price_size"],
+        "price_sensitivity": torch.ones(households, options["price_size"]).double(),
+    }
