@@ -81,7 +81,7 @@ class Trips:
 
     def take(self, rows: Any) -> Trips:
         """The given trips only; items, households, weeks and prices stay as they are."""
-        rows = torch.as_tensor(rows)
+        rows = torch.as_tensor(np.asarray(rows))
         return replace(
             self,
             baskets=self.baskets[rows],
@@ -203,7 +203,7 @@ def _trips(
             if len(unknown):
                 raise ValueError(
                     f"{unknown.nunique()} {column}s are not among the {len(values)} that the model "
-                    f"knows, the first is {unknown.iloc[0]!r}: leave out their rows, or fit again"
+                    f"knows, the first is {unknown.iloc[0]}: leave out their rows, or fit again"
                 )
     bought = frame.drop_duplicates(["basket", "item"])
     size = bought.groupby("basket")["item"].transform("size")
@@ -246,7 +246,7 @@ def _checked(frame: pd.DataFrame) -> pd.DataFrame:
     if empty.any():
         row = frame.index[empty][0]
         columns = ", ".join(frame.columns[frame.loc[[row]].isna().iloc[0]])
-        raise ValueError(f"{int(empty.sum())} rows have missing values; row {row!r} lacks {columns}")
+        raise ValueError(f"{int(empty.sum())} rows have missing values; row {row} lacks {columns}")
     week = frame["week"].to_numpy()
     if not np.issubdtype(week.dtype, np.number) or (week != np.round(week)).any():
         raise ValueError("week must be a whole number: number your weeks, months or seasons")
@@ -254,13 +254,13 @@ def _checked(frame: pd.DataFrame) -> pd.DataFrame:
     bad = ~(np.isfinite(price) & (price > 0))
     if bad.any():
         raise ValueError(
-            f"{int(bad.sum())} prices are not positive; row {frame.index[bad][0]!r} has "
+            f"{int(bad.sum())} prices are not positive; row {frame.index[bad][0]} has "
             f"{price[bad][0]}: drop such rows, or give the price of one unit"
         )
     for column in ("household", "week"):
         several = frame.groupby("basket")[column].nunique() > 1
         if several.any():
-            raise ValueError(f"basket {several.index[several][0]!r} has more than one {column}")
+            raise ValueError(f"basket {several.index[several][0]} has more than one {column}")
     return frame.assign(week=week.astype(np.int64))
 
 
@@ -319,16 +319,16 @@ def load_trips(
     >>> load_trips(items=50, store=LARGEST_STORE)
     Trips(1,252 baskets, 3,950 purchases of 50 items by 170 households, 53 weeks)
     """
+    if of not in ("products", "types"):
+        raise ValueError(f"of must be 'products' or 'types'; got {of!r}")
     frame, products = _purchases()
     if of == "types":
         own = frame["price"].where(frame["price"] > 0).groupby(frame["item"]).transform("median")
         kind = frame["item"].map(products["product_type"])
         frame = frame.assign(item=kind, price=frame["price"] / own)[kind.notna() & own.notna()]
         labels = {name: str(name).capitalize() for name in frame["item"].unique()}
-    elif of == "products":
-        labels = _product_labels(products)
     else:
-        raise ValueError(f"of must be 'products' or 'types'; got {of!r}")
+        labels = _product_labels(products)
     if items is not None:
         counts = frame.groupby("item").size().reset_index(name="rows")
         counts = counts.sort_values(["rows", "item"], ascending=[False, True])
@@ -345,7 +345,7 @@ def load_trips(
         return trips
     names = set(frame.loc[frame["store"] == store, "basket"])
     there = trips.take(np.flatnonzero([name in names for name in trips.basket_ids]))
-    present, household = np.unique(there.household, return_inverse=True)
+    present, household = np.unique(there.household.numpy(), return_inverse=True)
     return replace(
         there,
         household=torch.tensor(household),
@@ -372,10 +372,10 @@ def small_trips(items: int = 5, households: int = 10) -> Trips:
     Trips(249 baskets, 393 purchases of 6 items by 20 households, 53 weeks)
     """
     trips = load_trips(items=items, store=LARGEST_STORE, smallest=1)
-    made = np.bincount(trips.household, minlength=len(trips.households))
+    made = np.bincount(trips.household.numpy(), minlength=len(trips.households))
     busiest = np.sort(np.argsort(-made, kind="stable")[:households])
-    chosen = trips.take(np.flatnonzero(np.isin(trips.household, busiest)))
-    number = torch.tensor(np.searchsorted(busiest, chosen.household))
+    chosen = trips.take(np.flatnonzero(np.isin(trips.household.numpy(), busiest)))
+    number = torch.tensor(np.searchsorted(busiest, chosen.household.numpy()))
     return replace(chosen, household=number, households=trips.households[busiest])
 
 

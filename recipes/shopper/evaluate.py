@@ -62,7 +62,6 @@ def utilities(
     history: torch.Tensor,
     trip: torch.Tensor,
     item: torch.Tensor | None,
-    smoothing: float = 100.0,
     look_ahead: bool = False,
     log_price: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -76,7 +75,7 @@ def utilities(
     log_price = trips.log_price if log_price is None else log_price
     log_price = log_price.to(u["intercept"].dtype)
     history = history.to(log_price.dtype)
-    psi = baseline(u, household, week, log_price, history, smoothing)
+    psi = baseline(u, household, week, log_price, history)
     if "interaction" in u:
         table = torch.nn.functional.pad(u["attributes"][: len(trips.items)], (0, 0, 0, 1))
         total = table[trips.baskets[trip]].sum(1)  # -1 is the last row, of zeros
@@ -102,7 +101,6 @@ def predictive_scores(
     draws: Draws,
     trips: Trips,
     history: torch.Tensor,
-    smoothing: float = 100.0,
     look_ahead: bool = False,
 ) -> np.ndarray:
     """Posterior predictive log probability of every item: (purchases,), in nats.
@@ -115,7 +113,7 @@ def predictive_scores(
         u = {name: value[s] for name, value in draws.items()}
 
         def one(trip, item, u=u):
-            options = {"smoothing": smoothing, "look_ahead": look_ahead}
+            options = {"look_ahead": look_ahead}
             return utilities(u, trips, history, trip, item, **options)
 
         each.append(score_of(one, trips))
@@ -211,7 +209,7 @@ def _bought(trips: Trips) -> np.ndarray:
 
 
 def share_changes(
-    u: Draws, trips: Trips, history: torch.Tensor, first_week: int, smoothing: float = 100.0
+    u: Draws, trips: Trips, history: torch.Tensor, first_week: int
 ) -> dict[str, np.ndarray]:
     """What price moves did to shares, and what the model says they do: arrays, one entry per move.
 
@@ -236,7 +234,7 @@ def share_changes(
             total = torch.zeros(len(trips.items))
             for part in rows.split(2048):
                 utility = utilities(
-                    u, trips, history, trip[part], item[part], smoothing, log_price=price
+                    u, trips, history, trip[part], item[part], log_price=price
                 )
                 total += utility.softmax(1).sum(0)
             shares.append(total)
@@ -255,7 +253,6 @@ def choice_probabilities(
     log_price: torch.Tensor,
     history: torch.Tensor,
     baskets: torch.Tensor,
-    smoothing: float = 100.0,
 ) -> torch.Tensor:
     """Probability of each next item given what is in the basket: (draws, cases, items).
 
@@ -267,7 +264,7 @@ def choice_probabilities(
     row, place = torch.nonzero(held, as_tuple=True)
     for s in range(len(draws["intercept"])):
         u = {name: value[s] for name, value in draws.items()}
-        utility = baseline(u, household, week, log_price, history, smoothing)
+        utility = baseline(u, household, week, log_price, history)
         if "interaction" in u:
             table = torch.nn.functional.pad(u["attributes"][: log_price.shape[1]], (0, 0, 0, 1))
             mean = table[baskets].sum(1) / held.sum(1).clamp(min=1)[:, None]

@@ -19,8 +19,10 @@ ALL_SITES = LATENTS | {
     "preference": ("households", "vector"),
     "season_effect": ("items", "seasons"),
     "season": ("weeks", "seasons"),
-    "habit": ("items",),
     "habit_mean": (),
+    "habit": ("items",),
+    "habit_rate": ("items",),
+    "loyalty": ("households",),
 }
 PAPER = ("basket", "households", "seasons", "prices")
 TERMS = (*PAPER, "habit")
@@ -32,7 +34,9 @@ PRIOR_SD = {
     "season_effect": 0.1,
     "season": 0.1,
     "habit": 0.3,
+    "loyalty": 0.3,
 }
+HABIT_RATE_PRIOR = (2.0, 1.0)  # of its log
 PRICE_PRIOR = (100.0, 1000.0)  # shape and rate
 CACHED = 2**19  # utilities that fit into a processor's cache
 MOST_TRIPS = 2000  # at once, where no gradient is asked for
@@ -50,7 +54,6 @@ def model(
     season_size=10,
     prior_sd=None,
     price_prior=PRICE_PRIOR,
-    smoothing=100.0,
     shuffle=True,
     checkout=True,
     look_ahead=False,
@@ -62,17 +65,18 @@ def model(
         psi_c = intercept_c + preference_u . attributes_c                        "households"
                 - (price_sensitivity_u . price_effect_c) log_price_wc            "prices"
                 + season_w . season_effect_c                                     "seasons"
-                + habit_c log(1 + history_uc / (smoothing share_c))              "habit", ours
+                + (habit_c + loyalty_u) log(1 + habit_rate_c history_uc)        "habit", ours
         utility_c = psi_c + interaction_c . mean of the attributes in the basket "basket"
         next item ~ Categorical(softmax of the utilities of the items not yet in the basket)
 
-    with Normal(0, prior_sd) priors, and Gamma(*price_prior) for the two price terms. With
+    with Normal(0, prior_sd) priors, Gamma(*price_prior) for the two price terms, and a LogNormal
+    habit_rate; the habits of all items share a mean. With
     `look_ahead` a shopper thinks one step ahead: utility_c also has the utility of the best item
     that could come after c.
 
     household, week: (trips,). log_price: (weeks, items). history: (households, items), how often
-    each household bought each item in these trips; the model takes a trip's own purchases out of it
-    again, or a basket would predict itself. baskets: (trips, longest) of item numbers, then -1; or
+    each household bought each item, in these trips and others; the model takes one purchase of each
+    of a trip's own items out of it again, or a basket would predict itself. baskets: (trips, longest) of item numbers, then -1; or
     None to draw them, of at most `longest` items.
 
     terms: which of the terms there are. size, price_size, season_size: dimensions of the
@@ -111,11 +115,15 @@ def model(
             u["season_effect"] = embedding("season_effect", season_size)
         if "habit" in terms:
             u["habit"] = pyro.sample("habit", dist.Normal(u["habit_mean"], sd["habit"]))
+            centre, spread = (zero + x for x in HABIT_RATE_PRIOR)
+            u["habit_rate"] = pyro.sample("habit_rate", dist.LogNormal(centre, spread))
     with pyro.plate("households", households):
         if "households" in terms:
             u["preference"] = embedding("preference", size)
         if "prices" in terms:
             u["price_sensitivity"] = positive("price_sensitivity")
+        if "habit" in terms:
+            u["loyalty"] = pyro.sample("loyalty", dist.Normal(zero, sd["loyalty"]))
     if "seasons" in terms:
         with pyro.plate("weeks", len(log_price)):
             u["season"] = embedding("season", season_size)
@@ -128,7 +136,6 @@ def model(
             log_price,
             history,
             longest=longest if baskets is None else baskets.shape[1],
-            smoothing=smoothing,
             shuffle=shuffle,
             checkout=checkout,
             look_ahead=look_ahead,
@@ -137,17 +144,7 @@ def model(
         return pyro.sample("baskets", drawn, obs=baskets)
 
 
-def lift(history, counts, smoothing):
-    """log(1 + n_uc / (smoothing share_c)), zero for what was never bought: same shape as `counts`.
-
-    history: (households, items), for the items' shares. With smoothing s, it is the log of
-    (n_uc + s share_c) / (s share_c): how much likelier than everybody's is this household's item.
-    """
-    share = (history.sum(0) + 0.5) / (history.sum() + 0.5 * history.shape[1])
-    return torch.log1p(counts / (smoothing * share))
-
-
-def baseline(u, household, week, log_price, history, smoothing, own=None):
+def baseline(u, household, week, log_price, history, own=None):
     """psi: (trips, items [and checkout]), the utilities before anything is in the basket.
 
     u: one value of every latent. own: (trip, item) numbers of purchases in `history` that are not
@@ -172,8 +169,9 @@ def baseline(u, household, week, log_price, history, smoothing, own=None):
     if "habit" in u:
         counts = history[household]
         if own is not None:
-            counts[own] -= 1
-        rest = rest + u["habit"][:catalogue] * lift(history, counts, smoothing)
+            counts[own] = (counts[own] - 1).clamp(min=0)
+        weight = u["habit"][:catalogue] + u["loyalty"][household, None]
+        rest = rest + weight * torch.log1p(u["habit_rate"][:catalogue] * counts)
     if torch.is_tensor(rest):
         psi = psi + torch.nn.functional.pad(rest, (0, leave))
     return psi
@@ -290,7 +288,6 @@ class Baskets(dist.TorchDistribution):
             self.week[trips],
             self.log_price,
             self.history,
-            self.options["smoothing"],
             own,
         )
 

@@ -1,0 +1,319 @@
+"""Shopper: the density by hand, fits against NUTS, planted structure, held-out scores, bad input."""
+
+import importlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyro
+import pyro.poutine as poutine
+import pytest
+import scipy.special
+import torch
+
+import vi_toolkit as vi
+from recipes.shopper import (
+    ALL_SITES,
+    LARGEST_STORE,
+    TERMS,
+    from_frame,
+    guide,
+    load_data,
+    load_trips,
+    model,
+    simulate,
+)
+from recipes.shopper import evaluate as ev
+from recipes.shopper import mcmc
+from tests.tolerances import Z
+from vi_toolkit.joint import Joint
+
+module = importlib.import_module("recipes.shopper.model")
+REFERENCE = Path(__file__).parents[2] / "recipes" / "shopper" / "reference.json"
+EVERYTHING = {"terms": TERMS, "size": 3, "price_size": 2, "season_size": 2, "shuffle": False}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return vi.Reference.load(REFERENCE)
+
+
+@pytest.fixture(scope="module")
+def fit():
+    return vi.fit(model, guide, load_data(), progress=False)
+
+
+def frame(**changes):
+    columns = {
+        "household": ["a", "a", "a", "b"],
+        "basket": [1, 1, 2, 3],
+        "item": ["tea", "milk", "tea", "tea"],
+        "week": [3, 3, 4, 5],
+        "price": [2.0, 1.0, 2.5, 3.0],
+    }
+    return pd.DataFrame(columns | changes)
+
+
+# ------------------------------------------------------------------------------------ data
+
+
+def test_the_real_data_are_those_of_the_protocol():
+    trips = load_trips()
+    assert len(trips) == 78_459
+    assert int((trips.baskets >= 0).sum()) == 491_761
+    assert trips.price.shape == (53, 1000)
+    assert (trips.price > 0).all()
+    assert len(trips.households) == 2401
+    popular = np.bincount(trips.baskets[trips.baskets >= 0])
+    assert popular.argmax() == 0  # most bought first
+    sizes = {by: [len(part) for part in trips.split(by)] for by in ("random", "last weeks")}
+    assert sizes["random"] == [62_767, 7_846, 7_846]
+    train, _, test = trips.split("last weeks")
+    assert test.week.min() == 47 and train.week.max() == 46
+    assert sum(sizes["last weeks"]) == len(trips)
+    assert not set(train.basket_ids) & set(test.basket_ids)
+
+
+def test_a_table_of_ones_own():
+    trips = from_frame(frame())
+    assert list(trips.items) == ["tea", "milk"]  # most bought first
+    assert trips.baskets.tolist() == [[0, 1], [0, -1], [0, -1]]  # one-item baskets stay
+    assert trips.household.tolist() == [0, 0, 1]
+    assert trips.week.tolist() == [0, 1, 2]
+    # Milk was bought in the first week only, and has that price in all.
+    assert trips.price.tolist() == [[2.0, 1.0], [2.5, 1.0], [3.0, 1.0]]
+    assert trips.history().tolist() == [[2.0, 1.0], [1.0, 0.0]]
+    twice = pd.concat([frame(), frame().iloc[[1]]])
+    assert torch.equal(from_frame(twice).baskets, trips.baskets)
+    assert len(from_frame(frame(), smallest=2)) == 1
+    again = from_frame(frame(price=[9.0] * 4), like=trips)
+    assert torch.equal(again.price, trips.price)
+    assert torch.equal(again.baskets, trips.baskets)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"price": [2.0, 0.0, 2.5, 3.0]}, "1 prices are not positive; row 1 has 0.0"),
+        ({"price": [2.0, -1.0, math.inf, 3.0]}, "2 prices are not positive"),
+        ({"price": [2.0, math.nan, 2.5, 3.0]}, "row 1 lacks price"),
+        ({"item": ["tea", None, "tea", "tea"]}, "row 1 lacks item"),
+        ({"week": [3.5, 3.5, 4, 5]}, "whole number"),
+        ({"week": ["Mon", "Mon", "Tue", "Wed"]}, "whole number"),
+        ({"week": [3, 4, 4, 5]}, "basket 1 has more than one week"),
+        ({"household": ["a", "b", "a", "b"]}, "basket 1 has more than one household"),
+    ],
+)
+def test_bad_tables(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_frame(frame(**changes))
+
+
+def test_what_a_fitted_model_does_not_know():
+    trips = from_frame(frame())
+    for column, value in (("item", "rum"), ("household", "c"), ("week", 9)):
+        values = frame()[column].tolist()
+        values[3] = value
+        with pytest.raises(ValueError, match=f"1 {column}s are not among .* is {value}"):
+            from_frame(frame(**{column: values}), like=trips)
+    with pytest.raises(ValueError, match="lacks price"):
+        from_frame(frame().drop(columns="price"))
+    with pytest.raises(ValueError, match="no rows"):
+        from_frame(frame().iloc[:0])
+    with pytest.raises(ValueError, match="at least 3"):
+        from_frame(frame(), smallest=3)
+    with pytest.raises(ValueError, match="'random' or 'last weeks'"):
+        trips.split("first weeks")
+    with pytest.raises(ValueError, match="products"):
+        load_trips(of="brands")
+    with pytest.raises(ValueError, match="terms are"):
+        model(**load_data() | {"terms": ("price",)})
+
+
+# ------------------------------------------------------------------------------------ model
+
+
+def by_hand(u, data, baskets, look_ahead=False):
+    """log p(baskets | latents), the formula once more, one choice after the other."""
+    u = {k: v.numpy() for k, v in u.items()}
+    total = np.zeros(len(baskets))
+    items = data["log_price"].shape[1]
+    for t, basket in enumerate(baskets.numpy()):
+        basket = list(basket[basket >= 0])
+        h, w = int(data["household"][t]), int(data["week"][t])
+        psi = u["intercept"] + u["attributes"] @ u["preference"][h]
+        psi = psi + u["season_effect"] @ u["season"][w]
+        slope = u["price_effect"][:items] @ u["price_sensitivity"][h]
+        psi[:items] -= slope * data["log_price"][w].numpy()
+        counts = data["history"][h].numpy().copy()
+        counts[basket] = np.maximum(counts[basket] - 1, 0)
+        weight = u["habit"][:items] + u["loyalty"][h]
+        psi[:items] += weight * np.log1p(u["habit_rate"][:items] * counts)
+        for place, target in enumerate([*basket, items]):
+            have = basket[:place]
+            mean = u["attributes"][have].mean(0) if have else np.zeros(3)
+            utility = psi + u["interaction"] @ mean
+            barred = set(have) | (set() if have else {items})
+            if look_ahead:
+                for c in range(items):
+                    after = u["attributes"][[*have, c]].mean(0)
+                    rest = [d for d in range(items + 1) if d not in barred | {c}]
+                    utility[c] += max(psi[d] + u["interaction"][d] @ after for d in rest)
+            utility[list(barred)] = -np.inf
+            total[t] += utility[target] - scipy.special.logsumexp(utility)
+    return total
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_log_density_by_hand(look_ahead, monkeypatch):
+    data, truth = simulate(2, trips=12, items=8, **EVERYTHING, look_ahead=look_ahead)
+    # Their own purchases are in the history, where the density looks for what to take out.
+    trip, place = torch.nonzero(data["baskets"] >= 0, as_tuple=True)
+    one = torch.ones(len(trip)).double()
+    data["history"].index_put_(
+        (data["household"][trip], data["baskets"][trip, place]), one, accumulate=True
+    )
+    expected = by_hand(truth, data, data["baskets"], look_ahead)
+    conditioned = poutine.condition(model, data=truth)
+    for cached in (module.CACHED, 1):  # both ways of computing it
+        monkeypatch.setattr(module, "CACHED", cached)
+        site = poutine.trace(conditioned).get_trace(**data).nodes["baskets"]
+        found = site["fn"].log_prob(site["value"])
+        assert found.numpy() == pytest.approx(expected, abs=1e-9)
+
+
+def test_both_ways_have_the_same_gradient(monkeypatch):
+    data, _ = simulate(2, trips=12, items=8, **EVERYTHING)
+    joint = Joint(model, data)
+    point = 0.3 * torch.randn(joint.dim).double()
+
+    def gradient():
+        u = point.clone().requires_grad_()
+        joint.log_density(u).backward()
+        return u.grad
+
+    plain = gradient()
+    monkeypatch.setattr(module, "CACHED", 40)  # a few rows at a time
+    torch.testing.assert_close(gradient(), plain, rtol=0, atol=1e-10)
+
+
+def test_sites_of_the_whole_model():
+    data, truth = simulate(0, trips=5, **EVERYTHING)
+    assert set(truth) == set(ALL_SITES)
+    sizes = {"items": 13, "households": 20, "weeks": 20, "vector": 3, "prices": 2, "seasons": 2}
+    for name, dims in ALL_SITES.items():
+        assert truth[name].shape == tuple(sizes[dim] for dim in dims)
+    assert not torch.equal(simulate(1, trips=5, **EVERYTHING)[0]["baskets"], data["baskets"])
+
+
+def test_a_basket_does_not_predict_itself():
+    # Whatever the history says of a trip's own purchases is taken out of it.
+    data, truth = simulate(2, trips=1, items=8, **EVERYTHING)
+    own = data["baskets"][0][data["baskets"][0] >= 0]
+    data["history"][data["household"][0], own] += 1
+    conditioned = poutine.condition(model, data=truth)
+    site = poutine.trace(conditioned).get_trace(**data).nodes["baskets"]
+    before = data["history"].clone()
+    with_own = site["fn"].log_prob(site["value"])
+    assert torch.equal(data["history"], before)
+    assert with_own.numpy() == pytest.approx(by_hand(truth, data, data["baskets"]), abs=1e-9)
+
+
+def test_orders_are_drawn_uniformly():
+    # The mean over draws of the order is that over all of a basket's orders.
+    data, truth = simulate(5, trips=1, items=8, **EVERYTHING)
+    data["baskets"] = torch.tensor([[4, 1, 6, -1]])
+    data["history"][data["household"][0], [4, 1, 6]] += 1
+    orders = [torch.tensor([[*order, -1]]) for order in itertools.permutations([4, 1, 6])]
+    exact = np.array([by_hand(truth, data, order)[0] for order in orders])
+    many = data | {"shuffle": True, "household": data["household"].repeat(4000)}
+    many |= {"week": data["week"].repeat(4000), "baskets": data["baskets"].repeat(4000, 1)}
+    site = poutine.trace(poutine.condition(model, data=truth)).get_trace(**many).nodes["baskets"]
+    drawn = site["fn"].log_prob(site["value"])
+    assert len(np.unique(drawn.numpy().round(6))) == len(np.unique(exact.round(6)))
+    assert exact.std() > 0.05  # else the order would not matter
+    assert abs(drawn.mean() - exact.mean()) < Z * exact.std() / math.sqrt(4000)
+
+
+def test_baskets_are_drawn_from_the_density():
+    # How often each basket is drawn, against its probability: all baskets of at most two of three.
+    options = EVERYTHING | {"terms": ("basket", "households")}
+    data, truth = simulate(1, trips=1, items=3, longest=3, **options)
+    conditioned = poutine.condition(model, data=truth)
+    baskets = [
+        [*order, *[-1] * (3 - size)]
+        for size in (1, 2)
+        for order in itertools.permutations(range(3), size)
+    ]
+    each = {k: v.repeat(len(baskets)) for k, v in data.items() if k in ("household", "week")}
+    scored = data | each | {"baskets": torch.tensor(baskets)}
+    site = poutine.trace(conditioned).get_trace(**scored).nodes["baskets"]
+    probability = site["fn"].log_prob(site["value"]).exp().numpy()
+    n = 20_000
+    many = {k: v.repeat(n) for k, v in data.items() if k in ("household", "week")}
+    drawn = poutine.condition(model, data=truth)(**data | many | {"baskets": None, "longest": 3})
+    found, counts = np.unique(drawn.numpy(), axis=0, return_counts=True)
+    frequency = {tuple(b): c / n for b, c in zip(found.tolist(), counts, strict=True)}
+    error = np.sqrt(probability * (1 - probability) / n)
+    got = np.array([frequency.get(tuple(b), 0.0) for b in baskets])
+    assert (np.abs(got - probability) < Z * error).all()
+
+
+# -------------------------------------------------------------------------------- reference
+
+
+def test_reference_was_admitted(reference):
+    made = reference.made
+    assert made["chains"] >= 4
+    assert made["r_hat"] < 1.01
+    assert min(made["bulk_ess"], made["tail_ess"]) >= 1_000
+    assert made["divergences"] == 0
+
+
+def test_mean_field_against_nuts(fit, reference):
+    comparison = vi.compare(fit, reference)
+    table = comparison.table
+    print(table.to_string())
+    assert fit.converged
+
+
+# ------------------------------------------------------------------------------- prediction
+
+
+def test_scores_by_hand():
+    trips = from_frame(frame())
+    utility = torch.tensor([0.0, 1.0])
+    scores = ev.score_of(lambda trip, item: utility.expand(len(trip), 2), trips)
+    # With milk in the basket only tea is left, and the other way round; alone both are possible.
+    assert scores == pytest.approx([0.0, 0.0, -math.log1p(math.e), -math.log1p(math.e)])
+    mean, error = ev.mean_and_error(scores, trips)
+    assert mean == pytest.approx(scores.mean())
+    assert 0 < error < 1
+    assert ev.mean_and_error(scores, trips, scores < 0)[0] == pytest.approx(-math.log1p(math.e))
+
+
+def test_predictions_are_those_of_the_density():
+    # Of two items without checkout, the second given the first: the density's second factor.
+    options = EVERYTHING | {"checkout": False}
+    data, truth = simulate(3, trips=6, items=8, longest=2, **options)
+    u = {name: value[None] for name, value in truth.items()}
+    probability = ev.choice_probabilities(
+        u,
+        data["household"],
+        data["week"],
+        data["log_price"],
+        data["history"],
+        torch.tensor([[first, -1] for first in data["baskets"][:, 0]]),
+    )
+    nothing = torch.full((6, 1), -1)
+    first = ev.choice_probabilities(
+        u, data["household"], data["week"], data["log_price"], data["history"], nothing
+    )
+    rows = torch.arange(6)
+    expected = first[0, rows, data["baskets"][:, 0]] * probability[0, rows, data["baskets"][:, 1]]
+    site = poutine.trace(poutine.condition(model, data=truth)).get_trace(**data).nodes["baskets"]
+    found = site["fn"].log_prob(site["value"])
+    torch.testing.assert_close(found, expected.log())
