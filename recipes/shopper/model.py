@@ -55,6 +55,7 @@ def model(
     prior_sd=None,
     price_prior=PRICE_PRIOR,
     shuffle=True,
+    rest=False,
     checkout=True,
     look_ahead=False,
     negatives=None,
@@ -82,7 +83,10 @@ def model(
     terms: which of the terms there are. size, price_size, season_size: dimensions of the
     embeddings. shuffle: a basket has no order, so that its probability is a sum over orders: each
     evaluation draws one at random, which bounds its log from below in expectation. False takes
-    items as they come. checkout: False leaves out leaving. negatives: None for the exact softmax,
+    items as they come. rest: give every item all the others, instead of those before it: a
+    pseudo-likelihood (Besag, "Statistical Analysis of Non-Lattice Data", 1975), of the very
+    conditional probabilities by which predictions are judged, and without checkout. checkout: False
+    leaves out leaving. negatives: None for the exact softmax,
     or a number of items drawn at random for the one-versus-each bound (see `Baskets`). Returns the
     baskets.
     """
@@ -137,6 +141,7 @@ def model(
             history,
             longest=longest if baskets is None else baskets.shape[1],
             shuffle=shuffle,
+            rest=rest,
             checkout=checkout,
             look_ahead=look_ahead,
             negatives=negatives,
@@ -195,6 +200,11 @@ def best_next(now, attributes, interaction, places, rows_at_once=8):
             after[rows] = table.argmax(-1)
     item = torch.arange(now.shape[1])
     return now.gather(1, after) + pairs[item, after] / (places + 1.0)[:, None]
+
+
+def first_of_each(counts):
+    """Where each block of so many entries begins: [2, 3, 1] -> [0, 2, 5]."""
+    return counts.cumsum(0) - counts
 
 
 def choice_log_prob(psi, mean, interaction, trip, target, out_row, out_item):
@@ -300,15 +310,17 @@ class Baskets(dist.TorchDistribution):
         o = self.options
         held = baskets >= 0
         sizes = held.sum(1)
+        if o["rest"]:
+            return self._each_given_the_rest(trips, baskets)
         if o["shuffle"]:
             keys = torch.rand(baskets.shape, device=baskets.device).masked_fill(~held, 2.0)
             baskets = baskets.gather(1, keys.argsort(1))
         # One row per choice: those of a trip, in order, then its checkout.
         choices = sizes + 1 if o["checkout"] else sizes
-        first = sizes.cumsum(0) - sizes  # of each trip, among all purchases
+        first = first_of_each(sizes)  # of each trip, among all purchases
         bought = baskets[held]
         trip = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), choices)
-        place = torch.arange(len(trip), device=trip.device) - (choices.cumsum(0) - choices)[trip]
+        place = torch.arange(len(trip), device=trip.device) - first_of_each(choices)[trip]
         begin = first[trip]
         leaving = place == sizes[trip]
         # (There is nothing at the last trip's checkout.)
@@ -316,7 +328,7 @@ class Baskets(dist.TorchDistribution):
         target = torch.where(leaving, self.items, target)
         # Pairs (row, item) that are out of the question: bought already, or leaving at once.
         row = torch.repeat_interleave(torch.arange(len(trip), device=trip.device), place)
-        step = torch.arange(len(row), device=row.device) - (place.cumsum(0) - place)[row]
+        step = torch.arange(len(row), device=row.device) - first_of_each(place)[row]
         out_row, out_item = row, bought[begin[row] + step]
         if o["checkout"]:
             at_once = (place == 0).nonzero()[:, 0]
@@ -341,6 +353,28 @@ class Baskets(dist.TorchDistribution):
         else:
             interaction = self.u.get("interaction")
             chosen = choice_log_prob(psi, mean, interaction, trip, target, out_row, out_item)
+        return psi.new_zeros(len(sizes)).index_add(0, trip, chosen)
+
+    def _each_given_the_rest(self, trips, baskets):
+        held = baskets >= 0
+        sizes, bought = held.sum(1), baskets[held]
+        trip = held.nonzero()[:, 0]
+        # All pairs of purchases of a trip: those of different items are out of the question.
+        row = torch.repeat_interleave(torch.arange(len(trip), device=trip.device), sizes[trip])
+        first = first_of_each(sizes)[trip]
+        step = torch.arange(len(row), device=row.device) - first_of_each(sizes[trip])[row]
+        other = bought[first[row] + step]
+        differ = other != bought[row]
+        mean = None
+        if "interaction" in self.u:
+            attributes = self.u["attributes"][bought]
+            sums = torch.zeros_like(attributes[:1]).expand(len(sizes), -1)
+            total = sums.index_add(0, trip, attributes)[trip] - attributes
+            mean = total / (sizes[trip] - 1).clamp(min=1)[:, None]
+        psi = self.psi(trips, (trip, bought))
+        chosen = choice_log_prob(
+            psi, mean, self.u.get("interaction"), trip, bought, row[differ], other[differ]
+        )
         return psi.new_zeros(len(sizes)).index_add(0, trip, chosen)
 
     def _until_checkout(self, ahead):
