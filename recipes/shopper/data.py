@@ -365,7 +365,7 @@ def _product_labels(products: pd.DataFrame) -> dict[Any, str]:
 SMALL = {"terms": ("prices",), "price_size": 1, "price_prior": (2.0, 2.0), "shuffle": False}
 
 
-def small_trips(items: int = 5, households: int = 10) -> Trips:
+def small_trips(items: int = 4, households: int = 6) -> Trips:
     """Trips to the largest store that bought of the most bought products, by the busiest households.
 
     >>> small_trips()
@@ -382,14 +382,14 @@ def small_trips(items: int = 5, households: int = 10) -> Trips:
 def load_data() -> dict[str, Any]:
     """The model's arguments for a problem that NUTS can solve, in float64.
 
-    Which of the five most bought products the ten busiest households of the largest store put
+    Which of the four most bought products the six busiest households of the largest store put
     into their baskets, with an intercept for each product and a price term for each product and
     household. Without embeddings every latent is identified, so that they can be compared one by
     one; `load_trips` has the data for the whole model.
 
     >>> data = load_data()
     >>> data["history"].shape, data["terms"]
-    (torch.Size([10, 5]), ('prices',))
+    (torch.Size([6, 4]), ('prices',))
     """
     return _double(small_trips().arguments(**SMALL))
 
