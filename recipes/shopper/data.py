@@ -354,6 +354,15 @@ def load_trips(
     )
 
 
+def departments(trips: Trips) -> list[str]:
+    """The store's department of each product of `load_trips`, for colours.
+
+    >>> departments(load_trips(items=3, store=LARGEST_STORE))
+    ['Produce', 'Grocery', 'Grocery']
+    """
+    return _purchases()[1]["department"].loc[trips.items].str.capitalize().tolist()
+
+
 def _product_labels(products: pd.DataFrame) -> dict[Any, str]:
     kind = products["product_type"].fillna("unknown").str.capitalize()
     size = products["package_size"].fillna("").str.lower().str.strip()
