@@ -28,6 +28,7 @@ from recipes.shopper import (
 )
 from recipes.shopper import evaluate as ev
 from recipes.shopper import mcmc
+from recipes.shopper.training import fit_trips, plug_in
 from tests.tolerances import Z
 from vi_toolkit.joint import Joint
 
@@ -317,3 +318,61 @@ def test_predictions_are_those_of_the_density():
     site = poutine.trace(poutine.condition(model, data=truth)).get_trace(**data).nodes["baskets"]
     found = site["fn"].log_prob(site["value"])
     torch.testing.assert_close(found, expected.log())
+
+
+def test_planted_structure_is_found():
+    data, truth = simulate(0, trips=1500, planted=True)
+    fit = vi.fit(
+        model, guide, data, steps=700, optimizer=0.03, compile=False, average=False, progress=False
+    )
+    draws = fit.sample(200)
+    score, error = (x[:12, :12] for x in ev.complements(draws))
+    alike, _ = (x[:12, :12] for x in ev.exchangeability({k: v[:20] for k, v in draws.items()}))
+    item = torch.arange(12)
+    partners = (item[:, None] // 4 == item // 4) & (item[:, None] // 2 != item // 2)
+    twins = (item[:, None] // 2 == item // 2) & (item[:, None] != item)
+    others = ~(partners | twins | torch.eye(12, dtype=torch.bool))
+    assert score[partners].min() > score[others].max()
+    assert score[twins].max() < score[others].min()
+    assert (score[partners] > 3 * error[partners]).all()
+    # The most exchangeable item of each is its twin.
+    alike = alike + torch.diag(torch.full((12,), torch.inf))
+    assert torch.equal(alike.argmin(1), item ^ 1)
+    # Slopes in the log price: 2 for the first four items, 1 for the others.
+    slope = (draws["price_sensitivity"].mean(1)[:, None] * draws["price_effect"][:, :12]).sum(-1)
+    expected = torch.where(item < 4, 2.0, 1.0)
+    # Mean field's sds are too narrow: by no more than half.
+    assert ((slope.mean(0) - expected).abs() < Z * slope.std(0) / 0.5).all()
+    assert slope.mean(0)[:4].min() > slope.mean(0)[4:].max()
+    assert truth["attributes"].shape == (13, 6)
+
+
+def test_prediction_and_price_moves():
+    trips = load_trips(items=60)
+    train, _, test = trips.split("last weeks")
+    history = train.history()
+    options = {"terms": TERMS, "size": 8, "price_prior": (2.0, 5.0), "rest": True}
+    fit = fit_trips(train, steps=80, rate=0.05, progress=False, checkout=False, **options)
+    mean = plug_in(fit)
+    scores = ev.predictive_scores(mean, test, history)
+    popular = (history.sum(0) + 0.5).log()
+    baseline = ev.score_of(lambda trip, item: popular.expand(len(trip), -1), test)
+    gain, error = ev.mean_and_error(scores - baseline, test)
+    assert gain > 0.3 > Z * error
+    # An average over draws is a prediction too, of probabilities that sum to one or less.
+    averaged = ev.predictive_scores(fit.sample(3), test.take(np.arange(50)), history)
+    assert (averaged < 0).all()
+    changes = ev.share_changes({k: v[0] for k, v in mean.items()}, test, history, first_week=48)
+    assert (np.abs(changes["move"]) >= math.log(1.15) - 1e-6).all()
+    # Dearer is less, by the model; and in most of the weeks.
+    assert (np.sign(changes["predicted"]) == -np.sign(changes["move"])).mean() > 0.9
+    often = changes["purchases"] >= 20
+    assert (np.sign(changes["observed"]) == np.sign(changes["predicted"]))[often].mean() > 0.6
+
+
+def test_the_largest_store():
+    trips = load_trips(items=50, store=LARGEST_STORE)
+    assert len(trips.households) == int(trips.household.max()) + 1
+    assert torch.equal(trips.price, load_trips(items=50).price)  # the chain's
+    with pytest.raises(ValueError, match="no store 1"):
+        load_trips(items=50, store=1)
