@@ -7,6 +7,7 @@
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -24,11 +25,10 @@ FOLDER = Path("runs/baskets")
 # Embeddings of sd 0.5 rather than 1: chosen on validation trips (of 1, 0.5 and 0.3).
 HALF = {"attributes": 0.5, "interaction": 0.5, "preference": 0.5}
 LOOSE = {"price_prior": (2.0, 5.0), "size": 50, "prior_sd": HALF}
-I, U, S, P = "basket", "households", "seasons", "prices"
 CONFIGURATIONS = {
-    "VI, I": (mean_field, {"terms": (I,)}),
-    "VI, I+U": (mean_field, {"terms": (I, U)}),
-    "VI, I+U+S": (mean_field, {"terms": (I, U, S)}),
+    "VI, I": (mean_field, {"terms": PAPER[:1]}),
+    "VI, I+U": (mean_field, {"terms": PAPER[:2]}),
+    "VI, I+U+S": (mean_field, {"terms": PAPER[:3]}),
     "VI": (mean_field, {"terms": PAPER}),
     "point": (point, {"terms": PAPER}),
     "VI, rest": (mean_field, {"terms": PAPER, "rest": True, "checkout": False}),
@@ -130,7 +130,7 @@ def slices(train, test) -> dict[str, list[tuple[str, np.ndarray]]]:
         edges = [0, *np.quantile(amount, [0.1, 0.25, 0.5, 0.75]), np.inf]
         out[title] = [
             (f"{low:.0f} to {high:.0f}", (amount >= low) & (amount < high))
-            for low, high in zip(edges[:-1], edges[1:], strict=True)
+            for low, high in itertools.pairwise(edges)
         ]
     out["price off its mean by"] = [
         (f"at least {least:.1%}", move >= np.log1p(least)) for least in (0, 0.025, 0.05, 0.15, 0.3)

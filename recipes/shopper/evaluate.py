@@ -159,7 +159,7 @@ def exchangeability(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
     The symmetrised Kullback-Leibler divergence of the next item's distribution after c alone from
     that after d alone, without c and d, for a household and a week of average utilities: (items,
     items), in nats. Small means exchangeable, and substitutes if they are not complements too (the
-    same paper). Checkout, the last item if there is one, is left out of neither.
+    same paper). Checkout, if there is one, counts as an item.
     """
     each = []
     for s in range(len(draws["interaction"])):
@@ -186,7 +186,9 @@ def exchangeability(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
     return stacked.mean(0), stacked.std(0) if len(each) > 1 else torch.zeros_like(stacked[0])
 
 
-def price_moves(trips: Trips, first_week: int, least: float = 0.15) -> tuple[np.ndarray, np.ndarray]:
+def price_moves(
+    trips: Trips, first_week: int, least: float = 0.15
+) -> tuple[np.ndarray, np.ndarray]:
     """(week, item) of the moves by at least `least` of an item's price from one week to the next.
 
     Only of weeks from `first_week` on (a row of `trips.price`), and of items bought in either week.
@@ -233,9 +235,7 @@ def share_changes(
         for price in (log_price, before):
             total = torch.zeros(len(trips.items))
             for part in rows.split(2048):
-                utility = utilities(
-                    u, trips, history, trip[part], item[part], log_price=price
-                )
+                utility = utilities(u, trips, history, trip[part], item[part], log_price=price)
                 total += utility.softmax(1).sum(0)
             shares.append(total)
         change = (shares[0] / shares[1]).log().numpy()

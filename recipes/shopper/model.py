@@ -58,7 +58,6 @@ def model(
     rest=False,
     checkout=True,
     look_ahead=False,
-    negatives=None,
     longest=30,
 ):
     """Household u buys in week w, one item after the other, and then checks out:
@@ -77,8 +76,8 @@ def model(
 
     household, week: (trips,). log_price: (weeks, items). history: (households, items), how often
     each household bought each item, in these trips and others; the model takes one purchase of each
-    of a trip's own items out of it again, or a basket would predict itself. baskets: (trips, longest) of item numbers, then -1; or
-    None to draw them, of at most `longest` items.
+    of a trip's own items out of it again, or a basket would predict itself. baskets: (trips,
+    longest) of item numbers, then -1; or None to draw them, of at most `longest` items.
 
     terms: which of the terms there are. size, price_size, season_size: dimensions of the
     embeddings. shuffle: a basket has no order, so that its probability is a sum over orders: each
@@ -86,9 +85,7 @@ def model(
     items as they come. rest: give every item all the others, instead of those before it: a
     pseudo-likelihood (Besag, "Statistical Analysis of Non-Lattice Data", 1975), of the very
     conditional probabilities by which predictions are judged, and without checkout. checkout: False
-    leaves out leaving. negatives: None for the exact softmax,
-    or a number of items drawn at random for the one-versus-each bound (see `Baskets`). Returns the
-    baskets.
+    leaves out leaving. Returns the baskets.
     """
     unknown = set(terms) - set(TERMS)
     if unknown:
@@ -144,7 +141,6 @@ def model(
             rest=rest,
             checkout=checkout,
             look_ahead=look_ahead,
-            negatives=negatives,
         )
         return pyro.sample("baskets", drawn, obs=baskets)
 

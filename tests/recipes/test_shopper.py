@@ -1,14 +1,12 @@
-"""Shopper: the density by hand, fits against NUTS, planted structure, held-out scores, bad input."""
+"""Shopper: the density by hand, fits against NUTS, planted structure, scores, bad input."""
 
 import importlib
 import itertools
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyro
 import pyro.poutine as poutine
 import pytest
 import scipy.special
@@ -27,7 +25,6 @@ from recipes.shopper import (
     simulate,
 )
 from recipes.shopper import evaluate as ev
-from recipes.shopper import mcmc
 from recipes.shopper.training import fit_trips, plug_in
 from tests.tolerances import Z
 from vi_toolkit.joint import Joint
