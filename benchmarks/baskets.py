@@ -2,12 +2,14 @@
 
     python -m benchmarks.baskets fit NAME --split random --seed 0   # one fit, kept in runs/baskets
     python -m benchmarks.baskets table                              # all that was kept
+    python -m benchmarks.baskets speed
 
 `fit` without a name fits every configuration. One thread; minutes per fit.
 """
 
 import argparse
 import itertools
+import resource
 import time
 from pathlib import Path
 
@@ -89,6 +91,52 @@ def run(name: str, split: str, seed: int, steps: int, batch: int) -> None:
     np.savez(path_of(name, split, seed).with_suffix(".latents.npz"), **u)
     value, error = ev.mean_and_error(kept["test"], test)
     print(f"{name}, {split}, seed {seed}: {value:.4f} +- {error:.4f}, {seconds:.0f} s", flush=True)
+
+
+def speed(batch: int) -> None:
+    """CPU seconds per step, against the matrix products that it consists of; peak memory."""
+    pyro.enable_validation(False)
+    everything, _, _ = load_trips().split()
+    types, _, _ = load_trips(items=None, of="types").split()
+    for label, train in (
+        ("1,000 products", everything),
+        (
+            "1,000 products, a quarter of the trips",
+            everything.take(np.arange(0, len(everything), 4)),
+        ),
+        ("2,221 product types", types),
+    ):
+        options = {"terms": TERMS, **LOOSE}
+        seconds = []
+        for steps in (2, 22):
+            began = time.process_time()
+            fit_trips(train, mean_field, steps, batch, progress=False, **options)
+            seconds.append(time.process_time() - began)
+        step = (seconds[1] - seconds[0]) / 20
+        purchases = int((train.baskets >= 0).sum()) / len(train) * batch
+        rows, items = int(purchases) + batch, len(train.items) + 1
+        contexts, table, left = (
+            torch.randn(rows, 50),
+            torch.randn(items, 50),
+            torch.randn(batch, 60),
+        )
+        right, prices = torch.randn(items, 60), torch.randn(batch, 10)
+        of_prices = torch.randn(items, 10)
+        began = time.process_time()
+        for _ in range(5):
+            for x, y in ((contexts, table), (left, right), (prices, of_prices)):
+                for part in x.split(256):  # forward, and the two products of the gradient
+                    product = part @ y.T
+                    product @ y
+                    product.T @ part
+        bare = (time.process_time() - began) / 5
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"{label}: {len(train):,} trips, {step:.3f} CPU s a step of {batch} trips, "
+            f"{purchases / step:,.0f} purchases/s, {step / bare:.1f} times the bare products; "
+            f"set-up {seconds[0] - 2 * step:.1f} s; peak memory so far {peak:.2f} GiB",
+            flush=True,
+        )
 
 
 def baselines(train, test) -> dict[str, np.ndarray]:
@@ -199,7 +247,7 @@ def table() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["fit", "table"])
+    parser.add_argument("what", choices=["fit", "table", "speed"])
     parser.add_argument("name", nargs="?")
     parser.add_argument("--split", default="random", choices=["random", "last weeks"])
     parser.add_argument("--seed", type=int, default=0)
@@ -209,6 +257,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if asked.what == "table":
         table()
+    elif asked.what == "speed":
+        speed(asked.batch)
     else:
         for one in [asked.name] if asked.name else CONFIGURATIONS:
             run(one, asked.split, asked.seed, asked.steps, asked.batch)
