@@ -24,6 +24,7 @@ ALL_SITES = LATENTS | {
     "habit_rate": ("items",),
     "loyalty": ("households",),
 }
+OF_ITEMS = tuple(name for name, dims in ALL_SITES.items() if dims[:1] == ("items",))
 PAPER = ("basket", "households", "seasons", "prices")
 TERMS = (*PAPER, "habit")
 PRIOR_SD = {
@@ -58,6 +59,7 @@ def model(
     rest=False,
     checkout=True,
     look_ahead=False,
+    negatives=None,
     longest=30,
 ):
     """Household u buys in week w, one item after the other, and then checks out:
@@ -85,7 +87,13 @@ def model(
     items as they come. rest: give every item all the others, instead of those before it: a
     pseudo-likelihood (Besag, "Statistical Analysis of Non-Lattice Data", 1975), of the very
     conditional probabilities by which predictions are judged, and without checkout. checkout: False
-    leaves out leaving. Returns the baskets.
+    leaves out leaving. negatives: None for the exact softmax, or a number of items, drawn at random
+    and the same for all choices, for an unbiased estimate of the one-versus-each bound
+
+        log p(c) >= sum over the other items c' of log sigmoid(utility_c - utility_c')
+
+    (Titsias, "One-vs-Each Approximation to Softmax for Scalable Estimation of Probabilities",
+    2016), for catalogues too large for the softmax. Returns the baskets.
     """
     unknown = set(terms) - set(TERMS)
     if unknown:
@@ -141,6 +149,7 @@ def model(
             rest=rest,
             checkout=checkout,
             look_ahead=look_ahead,
+            negatives=negatives,
         )
         return pyro.sample("baskets", drawn, obs=baskets)
 
@@ -338,6 +347,9 @@ class Baskets(dist.TorchDistribution):
             total = sums[begin + place] - sums[begin]
             mean = total / place.clamp(min=1)[:, None]
         own = held.nonzero()[:, 0], bought
+        if o["negatives"] is not None:
+            chosen = self._one_versus_each(trips, own, mean, trip, target, out_row, out_item)
+            return chosen.new_zeros(len(sizes)).index_add(0, trip, chosen)
         psi = self.psi(trips, own)
         if o["look_ahead"] and mean is not None:
             utility = torch.addmm(psi[trip], mean, self.u["interaction"].T)
@@ -350,6 +362,47 @@ class Baskets(dist.TorchDistribution):
             interaction = self.u.get("interaction")
             chosen = choice_log_prob(psi, mean, interaction, trip, target, out_row, out_item)
         return psi.new_zeros(len(sizes)).index_add(0, trip, chosen)
+
+    def _one_versus_each(self, trips, own, mean, trip, target, out_row, out_item):
+        u, household, week = self.u, self.household[trips], self.week[trips]
+        leave = len(u["intercept"]) - self.items
+        log_price = torch.nn.functional.pad(self.log_price, (0, leave))
+        history = torch.nn.functional.pad(self.history, (0, leave))
+        count = self.options["negatives"]
+        others = torch.randperm(self.items + leave, device=trip.device)[:count]
+        column = torch.full((self.items + leave,), -1, device=trip.device)
+        column[others] = torch.arange(len(others), device=trip.device)
+        few = {k: v[others] if k in OF_ITEMS else v for k, v in u.items()}
+        there = column[own[1]] >= 0
+        own_there = own[0][there], column[own[1]][there]
+        lp, past = log_price[:, others], history[:, others]
+        utility = baseline(few, household, week, lp, past, own_there)[trip]
+        # The chosen item's own utility, one row at a time.
+        h, w = household[trip], week[trip]
+        chosen = u["intercept"][target]
+        if "preference" in u:
+            chosen = chosen + (u["preference"][h] * u["attributes"][target]).sum(-1)
+        if "season" in u:
+            chosen = chosen + (u["season"][w] * u["season_effect"][target]).sum(-1)
+        if "price_sensitivity" in u:
+            slope = (u["price_sensitivity"][h] * u["price_effect"][target]).sum(-1)
+            chosen = chosen - slope * log_price[w, target]
+        if "habit" in u:
+            past = torch.log1p(u["habit_rate"][target] * (history[h, target] - 1).clamp(min=0))
+            leaving = target == self.items
+            weight = (u["habit"][target] + u["loyalty"][h]).masked_fill(leaving, 0.0)
+            chosen = chosen + weight * past
+        if mean is not None:
+            utility = torch.addmm(utility, mean, few["interaction"].T)
+            chosen = chosen + (mean * u["interaction"][target]).sum(-1)
+        allowed = torch.ones(utility.shape, dtype=torch.bool, device=trip.device)
+        hit = column[out_item] >= 0
+        allowed[out_row[hit], column[out_item][hit]] = False
+        itself = (column[target] >= 0).nonzero()[:, 0]
+        allowed[itself, column[target][itself]] = False
+        scale = (self.items + leave) / len(others)  # one over the chance of being among them
+        terms = torch.nn.functional.logsigmoid(chosen[:, None] - utility)
+        return scale * terms.masked_fill(~allowed, 0.0).sum(1)
 
     def _each_given_the_rest(self, trips, baskets):
         held = baskets >= 0

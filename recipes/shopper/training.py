@@ -33,6 +33,12 @@ class CosineAdam(torch.optim.Adam):
         return super().step(closure)
 
 
+def any_terms(**arguments: Any) -> Any:
+    """`model`, with whichever terms. (A preflight holds `LATENTS`, the sites of `load_data()`,
+    against the function that they stand beside.)"""
+    return model(**arguments)
+
+
 def fit_trips(
     train: Trips,
     guide: Any = mean_field,
@@ -54,7 +60,7 @@ def fit_trips(
     ('stochastic', 20)
     """
     return vi.fit(
-        model,
+        any_terms,
         guide,
         train.arguments(**options),
         optimizer=lambda params: CosineAdam(params, rate, steps),
