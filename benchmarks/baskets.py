@@ -2,6 +2,7 @@
 
     python -m benchmarks.baskets fit NAME --split random --seed 0   # one fit, kept in runs/baskets
     python -m benchmarks.baskets table                              # all that was kept
+    python -m benchmarks.baskets ablation                           # on 200 products
     python -m benchmarks.baskets speed
 
 `fit` without a name fits every configuration. One thread; minutes per fit.
@@ -12,12 +13,14 @@ import itertools
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
+import pyro.poutine as poutine
 import torch
 
-from recipes.shopper import PAPER, TERMS, load_trips, mean_field, point
+from recipes.shopper import PAPER, TERMS, load_trips, mean_field, model, point
 from recipes.shopper import evaluate as ev
 from recipes.shopper.training import fit_trips, plug_in
 
@@ -91,6 +94,62 @@ def run(name: str, split: str, seed: int, steps: int, batch: int) -> None:
     np.savez(path_of(name, split, seed).with_suffix(".latents.npz"), **u)
     value, error = ev.mean_and_error(kept["test"], test)
     print(f"{name}, {split}, seed {seed}: {value:.4f} +- {error:.4f}, {seconds:.0f} s", flush=True)
+
+
+def ablation() -> None:
+    """The paper's terms one after the other, thinking ahead, one-versus-each: 200 products."""
+    train, _, test = load_trips(items=200).split()
+    history = train.history()
+    popular = (history.sum(0) + 0.5).log()
+    scores = {"popularity": ev.score_of(lambda trip, item: popular.expand(len(trip), -1), test)}
+    rows: list[tuple[str, dict, str]] = [
+        ("I", {"terms": PAPER[:1]}, "popularity"),
+        ("I+U", {"terms": PAPER[:2]}, "I"),
+        ("I+U+S", {"terms": PAPER[:3]}, "I+U"),
+        ("I+U+S+P", {"terms": PAPER}, "I+U+S"),
+        ("I+U+S+P by one-versus-each, 50", {"terms": PAPER, "negatives": 50}, "I+U+S+P"),
+        ("I+U+S+P, thinking ahead", {"terms": PAPER, "look_ahead": True}, "I+U+S+P"),
+        ("I+U+S+P, habit", {"terms": TERMS}, "I+U+S+P"),
+    ]
+    print(f"{train}; 120 steps of 1,000 trips, embeddings of 20")
+    for name, options, before in rows:
+        began = time.process_time()
+        options = {"size": 20, "price_prior": (2.0, 5.0)} | options
+        fit = fit_trips(train, mean_field, steps=120, rate=0.05, progress=False, **options)
+        seconds = time.process_time() - began
+        look_ahead = options.get("look_ahead", False)
+        scores[name] = ev.predictive_scores(plug_in(fit), test, history, look_ahead=look_ahead)
+        value, error = ev.mean_and_error(scores[name], test)
+        gain, gain_error = ev.mean_and_error(scores[name] - scores[before], test)
+        print(
+            f"{name:32} {value:.4f} +- {error:.4f}, over {before}: {gain:+.4f} +- "
+            f"{gain_error:.4f}; {seconds:.0f} CPU s",
+            flush=True,
+        )
+        if name == "I+U+S+P":
+            one_versus_each(fit, train)
+
+
+def one_versus_each(fit, train) -> None:
+    """Bias and noise of the one-versus-each bound at a fit, per choice."""
+    some = train.take(np.arange(500))
+    u = {name: value[0] for name, value in plug_in(fit).items()}
+    options = {key: value for key, value in fit.data.items() if key not in some.arguments()}
+    arguments = some.arguments() | options | {"history": train.history(), "shuffle": False}
+    choices = int((some.baskets >= 0).sum()) + len(some)
+
+    def value(**more) -> float:
+        trace = poutine.trace(poutine.condition(model, data=u)).get_trace(**arguments | more)
+        site: Any = trace.nodes["baskets"]
+        with torch.no_grad():
+            return float(site["fn"].log_prob(site["value"]).sum()) / choices
+
+    exact, bound = value(), value(negatives=10_000)
+    print(f"    log p per choice {exact:.3f}, one-versus-each bound {bound:.3f}", end="")
+    for count in (10, 50, 100):
+        draws = [value(negatives=count) for _ in range(50)]
+        print(f"; {count} drawn: {np.mean(draws):.3f}, sd {np.std(draws):.3f}", end="")
+    print(" (500 trips)", flush=True)
 
 
 def speed(batch: int) -> None:
@@ -247,7 +306,7 @@ def table() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["fit", "table", "speed"])
+    parser.add_argument("what", choices=["fit", "table", "ablation", "speed"])
     parser.add_argument("name", nargs="?")
     parser.add_argument("--split", default="random", choices=["random", "last weeks"])
     parser.add_argument("--seed", type=int, default=0)
@@ -257,6 +316,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if asked.what == "table":
         table()
+    elif asked.what == "ablation":
+        ablation()
     elif asked.what == "speed":
         speed(asked.batch)
     else:

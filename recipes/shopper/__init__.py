@@ -9,18 +9,19 @@ Substitutes and Complements", Annals of Applied Statistics, 2020. The data are h
 purchases of 1,000 products by 2,401 households, Complete Journey, see `recipes.shopper.data`;
 `from_frame` takes your own.
 
->>> import vi_toolkit as vi
->>> from recipes.shopper import guide, load_data, model
->>> fit = vi.fit(model, guide, load_data(), progress=False)
->>> draws = fit.sample(1000)
->>> slope = draws["price_effect"][:, :-1, 0] * draws["price_sensitivity"][:, :, 0].mean(1)[:, None]
->>> bool(slope.mean() > 0.5)        # a higher price, fewer purchases
+>>> from recipes.shopper import LARGEST_STORE, fit_trips, load_trips, plug_in
+>>> from recipes.shopper.evaluate import predictive_scores
+>>> train, _, test = load_trips(items=50, store=LARGEST_STORE).split()
+>>> fit = fit_trips(train, steps=100, batch=200, size=5, price_prior=(2.0, 5.0), progress=False)
+>>> scores = predictive_scores(plug_in(fit), test, train.history())  # of items given the rest
+>>> bool(scores.mean() > -3.4)        # nats; a guess among 50 items is -3.9
 True
 """
 
 from .data import LARGEST_STORE, Trips, coords, from_frame, load_data, load_trips, simulate
 from .guide import GUIDES, guide, mean_field, point
 from .model import ALL_SITES, LATENTS, PAPER, TERMS, model
+from .training import fit_trips, plug_in
 
 __all__ = [
     "ALL_SITES",
@@ -31,12 +32,14 @@ __all__ = [
     "TERMS",
     "Trips",
     "coords",
+    "fit_trips",
     "from_frame",
     "guide",
     "load_data",
     "load_trips",
     "mean_field",
     "model",
+    "plug_in",
     "point",
     "simulate",
 ]

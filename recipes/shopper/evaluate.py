@@ -39,7 +39,7 @@ def score_of(
     >>> trips = load_trips(items=50)
     >>> uniform = score_of(lambda trip, item: torch.zeros(len(trip), 50), trips)
     >>> round(float(uniform.max()), 2), round(float(uniform.mean()), 2)
-    (-3.4, -3.88)
+    (-3.58, -3.85)
     """
     trip, item = each_item(trips)
     scores = []
