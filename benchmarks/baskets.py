@@ -66,7 +66,7 @@ def path_of(name: str, split: str, seed: int) -> Path:
 def run(name: str, split: str, seed: int, steps: int, batch: int) -> None:
     train, validation, test = load_trips().split(split)
     guide, options = CONFIGURATIONS[name]
-    pyro.enable_validation(False)  # of 300,000 latents at every step
+    pyro.enable_validation(False)  # of 270,000 latents at every step
     began, worked = time.time(), time.process_time()
     fit = fit_trips(train, guide, steps, batch, seed=seed, progress=False, **LOOSE | options)
     seconds, cpu = time.time() - began, time.process_time() - worked

@@ -17,7 +17,7 @@ from .model import model
 class CosineAdam(torch.optim.Adam):
     """Adam whose step size stays for the first 40 % of the steps, then falls to zero by a cosine.
 
-    How good a model of a million parameters predicts depends on where the last steps end, so that
+    How well a model of half a million parameters predicts depends on where the last steps end, so that
     it pays to anneal them to the number of steps that there is time for.
     """
 

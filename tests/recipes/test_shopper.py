@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from recipes.shopper import (
     guide,
     load_data,
     load_trips,
+    mcmc,
     model,
     simulate,
 )
@@ -419,3 +421,24 @@ def test_the_largest_store():
     assert torch.equal(trips.price, load_trips(items=50).price)  # the chain's
     with pytest.raises(ValueError, match="no store 1"):
         load_trips(items=50, store=1)
+
+
+def test_embeddings_against_nuts():
+    # On all terms, in what the turning of embeddings leaves alone.
+    nuts = json.loads(mcmc.EMBEDDED.read_text("utf-8"))
+    for name in ("log probability", "elasticity"):
+        assert nuts["made"][f"r_hat of {name}"] < 1.02
+        assert nuts["made"][f"bulk ESS of {name}"] > 400
+    data, new = mcmc.embedded_problem()
+    fit = vi.fit(
+        model, guide, data, steps=1000, optimizer=0.02, compile=False, average=False, progress=False
+    )
+    ours = mcmc.summary(fit.sample(300), data, new)
+    error = {}
+    for name in ("log probability", "elasticity"):
+        mean, sd = (np.array(nuts[name][what]) for what in ("mean", "sd"))
+        error[name] = np.abs(np.array(ours[name]["mean"]) - mean) / sd
+        ratio = np.array(ours[name]["sd"]) / sd
+        print(name, np.quantile(error[name], [0.5, 0.9, 1]), np.quantile(ratio, [0, 0.1, 0.5, 0.9]))
+    gain = np.subtract(ours["held out"], nuts["held out"])
+    print(gain.mean(), gain.std() / np.sqrt(len(gain)))
