@@ -38,13 +38,12 @@ def reference(chains=4, draws=2000, warmup=500, seed=0, progress=True):
 
 
 def embedded_problem():
-    """(data, new trips): 150 trips of 8 households to 8 items, with all terms, and 100 more trips.
+    """(data, new trips): 150 trips of 6 households to 4 items, with all terms, and 100 more trips.
 
-    Two pairs of exchangeable items in each half, as `simulate` plants them; embeddings of two
-    dimensions.
+    Two pairs of exchangeable items, as `simulate` plants them; embeddings of one dimension.
     """
-    data, _ = simulate(3, trips=250, households=8, items=8, weeks=10, planted=True)
-    data["size"] = 2
+    data, _ = simulate(3, trips=250, households=6, items=4, weeks=6, planted=True)
+    data["size"] = 1
     of_trips = ("household", "week", "baskets")
     kept = data | {name: data[name][:150] for name in of_trips}
     return kept, data | {name: data[name][150:] for name in of_trips}

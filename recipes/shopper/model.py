@@ -317,6 +317,10 @@ class Baskets(dist.TorchDistribution):
         sizes = held.sum(1)
         if o["rest"]:
             return self._each_given_the_rest(trips, baskets)
+        others = None
+        if o["negatives"] is not None:
+            choices = self.items + o["checkout"]
+            others = torch.randperm(choices, device=baskets.device)[: o["negatives"]]
         if o["shuffle"]:
             keys = torch.rand(baskets.shape, device=baskets.device).masked_fill(~held, 2.0)
             baskets = baskets.gather(1, keys.argsort(1))
@@ -347,8 +351,10 @@ class Baskets(dist.TorchDistribution):
             total = sums[begin + place] - sums[begin]
             mean = total / place.clamp(min=1)[:, None]
         own = held.nonzero()[:, 0], bought
-        if o["negatives"] is not None:
-            chosen = self._one_versus_each(trips, own, mean, trip, target, out_row, out_item)
+        if others is not None:
+            chosen = self._one_versus_each(
+                others, trips, own, mean, trip, target, out_row, out_item
+            )
             return chosen.new_zeros(len(sizes)).index_add(0, trip, chosen)
         psi = self.psi(trips, own)
         if o["look_ahead"] and mean is not None:
@@ -363,13 +369,11 @@ class Baskets(dist.TorchDistribution):
             chosen = choice_log_prob(psi, mean, interaction, trip, target, out_row, out_item)
         return psi.new_zeros(len(sizes)).index_add(0, trip, chosen)
 
-    def _one_versus_each(self, trips, own, mean, trip, target, out_row, out_item):
+    def _one_versus_each(self, others, trips, own, mean, trip, target, out_row, out_item):
         u, household, week = self.u, self.household[trips], self.week[trips]
         leave = len(u["intercept"]) - self.items
         log_price = torch.nn.functional.pad(self.log_price, (0, leave))
         history = torch.nn.functional.pad(self.history, (0, leave))
-        count = self.options["negatives"]
-        others = torch.randperm(self.items + leave, device=trip.device)[:count]
         column = torch.full((self.items + leave,), -1, device=trip.device)
         column[others] = torch.arange(len(others), device=trip.device)
         few = {k: v[others] if k in OF_ITEMS else v for k, v in u.items()}

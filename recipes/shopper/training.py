@@ -17,8 +17,8 @@ from .model import model
 class CosineAdam(torch.optim.Adam):
     """Adam whose step size stays for the first 40 % of the steps, then falls to zero by a cosine.
 
-    How well a model of half a million parameters predicts depends on where the last steps end, so that
-    it pays to anneal them to the number of steps that there is time for.
+    How well a model of half a million parameters predicts depends on where its last steps end: it
+    pays to anneal them to the number of steps that there is time for.
     """
 
     def __init__(self, params: Any, lr: float, steps: int):
@@ -31,6 +31,9 @@ class CosineAdam(torch.optim.Adam):
             group["lr"] = self.first * (0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 1e-3)
         self.taken += 1
         return super().step(closure)
+
+
+POSITIVE = ("price_effect", "price_sensitivity", "habit_rate")
 
 
 def any_terms(**arguments: Any) -> Any:
@@ -74,6 +77,15 @@ def fit_trips(
 
 
 def plug_in(fit: vi.Fit) -> dict[str, torch.Tensor]:
-    """The guide's median of every latent, as one draw: {site: (1, ...)}."""
+    """The mean of every latent under a mean-field fit, or the point of a point estimate, as one
+    draw: {site: (1, ...)}.
+
+    (Means, not medians: the mean of a LogNormal is larger, and a price term multiplies two.)
+    """
+    out = {}
     with fit._room(), torch.no_grad():
-        return {name: value.detach()[None] for name, value in fit.guide.median().items()}
+        for name, value in fit.guide.median().items():
+            if name in POSITIVE and hasattr(fit.guide, "scales"):
+                value = value * (getattr(fit.guide.scales, name).square() / 2).exp()
+            out[name] = value.detach()[None]
+    return out
