@@ -93,10 +93,12 @@ def summary(draws, data, new):
     return out
 
 
-def embedded_reference(chains=4, draws=500, warmup=300, seed=0, progress=True):
+def embedded_reference(chains=4, draws=300, warmup=200, seed=0, progress=True):
     """NUTS on `embedded_problem()`; writes embedded_reference.json."""
     data, new = embedded_problem()
-    by_chain, made = nuts_draws(model, data, chains, draws, warmup, seed, progress)
+    by_chain, made = nuts_draws(
+        model, data, chains, draws, warmup, seed, progress, full_mass=True, compile=True
+    )
     flat = {name: value.flatten(0, 1) for name, value in by_chain.items()}
     out = summary(flat, data, new)
     for name, value in functionals(flat, data, new).items():
