@@ -430,15 +430,20 @@ def test_embeddings_against_nuts():
         assert nuts["made"][f"r_hat of {name}"] < 1.02
         assert nuts["made"][f"bulk ESS of {name}"] > 400
     data, new = mcmc.embedded_problem()
-    fit = vi.fit(
-        model, guide, data, steps=1000, optimizer=0.02, compile=False, average=False, progress=False
-    )
+    fit = vi.fit(model, guide, data, steps=2000, optimizer=0.02, compile=False, progress=False)
     ours = mcmc.summary(fit.sample(300), data, new)
-    error = {}
+    error, ratio = {}, {}
     for name in ("log probability", "elasticity"):
         mean, sd = (np.array(nuts[name][what]) for what in ("mean", "sd"))
         error[name] = np.abs(np.array(ours[name]["mean"]) - mean) / sd
-        ratio = np.array(ours[name]["sd"]) / sd
-        print(name, np.quantile(error[name], [0.5, 0.9, 1]), np.quantile(ratio, [0, 0.1, 0.5, 0.9]))
-    gain = np.subtract(ours["held out"], nuts["held out"])
-    print(gain.mean(), gain.std() / np.sqrt(len(gain)))
+        ratio[name] = np.array(ours[name]["sd"]) / sd
+    # NUTS' own Monte Carlo error is 0.035 sd.
+    noise = Z / math.sqrt(800)
+    assert error["log probability"].max() < 0.35 + noise
+    assert error["elasticity"].max() < 0.15 + noise
+    # A log probability is a difference of utilities that move together: without their correlation
+    # mean field has it too wide, by a quarter, though each latent is too narrow.
+    assert 1.1 < np.median(ratio["log probability"]) < 1.4
+    assert 0.85 < np.median(ratio["elasticity"]) < 1.15
+    gain = np.subtract(ours["held out"], nuts["held out"])  # nats per basket
+    assert abs(gain.mean()) < 0.01 + Z * gain.std() / math.sqrt(len(gain))
