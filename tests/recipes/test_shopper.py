@@ -442,7 +442,7 @@ def test_embeddings_against_nuts():
     assert error["log probability"].max() < 0.35 + noise
     assert error["elasticity"].max() < 0.15 + noise
     # A log probability is a difference of utilities that move together: without their correlation
-    # mean field has it too wide, by a quarter, though each latent is too narrow.
+    # mean field has most of them too wide, though each latent is too narrow.
     assert 1.1 < np.median(ratio["log probability"]) < 1.4
     assert 0.85 < np.median(ratio["elasticity"]) < 1.15
     gain = np.subtract(ours["held out"], nuts["held out"])  # nats per basket
