@@ -22,8 +22,8 @@ torch.Size([3, 100, 5])
 """
 
 from .data import arguments, coords, load_data, simulate
-from .exact import reference
 from .guide import GUIDES, Guide, guide, lognormal_factors
+from .mcmc import reference, reference_problem
 from .model import LATENTS, VARIANTS, model, variant
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "lognormal_factors",
     "model",
     "reference",
+    "reference_problem",
     "simulate",
     "variant",
 ]

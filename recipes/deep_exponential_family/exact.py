@@ -9,8 +9,6 @@ import numpy as np
 import pyro.poutine as poutine
 import torch
 
-import vi_toolkit as vi
-
 
 def states(units):
     """Every state of `units` binary units: (2^units, units) of zeros and ones."""
@@ -107,12 +105,3 @@ def gibbs(counts, exposure, background, units, sweeps, warmup, shapes, rng, test
     mean = first / sweeps
     sd = np.sqrt(np.maximum(second / sweeps - mean**2, 0))
     return {"rates": mean, "rates sd": sd, "held-out": np.array(held_out), "last": (z, w)}
-
-
-def reference():
-    """Raises vi.ReferenceError: there is no posterior of the whole model to compare with."""
-    raise vi.ReferenceError(
-        "the posterior over a million weights has as many copies as the units have orders, and no "
-        "MCMC reaches it. Small models are held against exact answers instead: "
-        "python -m benchmarks.small_def"
-    )

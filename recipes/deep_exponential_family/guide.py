@@ -155,8 +155,9 @@ class Guide(PyroModule):
         self.widths, self.latent, self.weights = tuple(widths), latent, weights
         self.factors, self.spread, self.reads, self.known = factors, spread, reads, known
         self.conjugate = latent == "gamma"  # the lowest layer, given the one above
-        self.log_shape = torch.nn.Parameter(torch.full((self.widths[0],), math.log(SHAPE)))
-        self.log_mean = torch.nn.Parameter(torch.zeros(self.widths[0]))
+        first = torch.zeros(self.widths[0])  # log shapes and log means of the lowest layer
+        self.log_shape = torch.nn.Parameter(first + math.log(SHAPE)) if self.conjugate else None
+        self.log_mean = torch.nn.Parameter(first) if self.conjugate and len(widths) == 1 else None
         self.outputs = [2 * units for units in self.widths[self.conjugate :]]
         if self.outputs:
             self.network = torch.nn.Sequential(
@@ -223,7 +224,8 @@ class Guide(PyroModule):
         topics = (self.known["w0"] if self.known else q[0].mean).detach()
         with pyro.plate("documents", len(exposure)) as rows:
             words = entries(documents[rows], topics.dtype)
-            shape = self.log_shape.exp()
+            shape = torch.full_like(topics[:, 0], SHAPE)
+            shape = self.log_shape.exp() if self.conjugate else shape
             size = exposure[rows, None] * topics.sum(1)
 
             def given(rate):
@@ -231,7 +233,7 @@ class Guide(PyroModule):
                 n, _ = read(*words, topics.T.contiguous(), shape.detach(), rate.detach(), self.reads)
                 return n, rate
 
-            n, rate = given(shape / self.log_mean.exp())
+            n, rate = given(shape if self.log_mean is None else shape / self.log_mean.exp())
             if self.outputs:
                 features = torch.cat([(SHAPE + n).log(), exposure[rows, None].log()], 1)
                 outputs = OUTPUT_SCALE * self.network(INPUT_SCALE * features)
