@@ -42,7 +42,7 @@ PSEUDO = 0.05  # words that each topic has of each kind before any document
 # width. These keep the first moves of log means and log shapes near 0.1 at the step size of 0.02
 # that suits the weights; without them the first ten steps undo the start.
 INPUT_SCALE, OUTPUT_SCALE = 0.1, 0.05
-TOPIC_SCALE = 0.1  # the log weights of topics should move ten times as fast as all else
+TOPIC_SCALE = 0.5  # how much slower the log weights of topics move than all else would
 
 
 @kl.register_kl(torch.distributions.LogNormal, torch.distributions.Gamma)
@@ -80,7 +80,7 @@ def entries(documents, dtype):
     return row, word, count.to(dtype)
 
 
-def read(row, word, count, w, shape, rate, steps):
+def read(row, word, count, w, shape, rate, steps, n=None):
     """Expected number of words due to each unit, the factors of the lowest layer integrated out.
 
     Each word of a document is given to unit k with probability
@@ -92,21 +92,25 @@ def read(row, word, count, w, shape, rate, steps):
     Gamma factors of this shape and posterior rate in place of a Dirichlet.
 
     row, word, count: (E,), as :func:`entries` has them; w: (V, K), the weights transposed; shape:
-    (K,); rate: (B, K), of the factors' posterior, that of the prior plus e sum_v w_kv. Returns n
-    (B, K), whose rows add up to the documents' lengths, and g (E, K).
+    (K,); rate: (B, K), of the factors' posterior, that of the prior plus e sum_v w_kv; n: (B, K)
+    where the steps start, each word by itself if None. Returns n (B, K), whose rows add up to the
+    documents' lengths, and g (E, K).
     """
     chance = w[word] / rate[row]
-    g = chance / chance.sum(1, keepdim=True).clamp(min=TINY)
-    n = torch.zeros_like(rate).index_add_(0, row, g * count[:, None])
+    count = count[:, None]
+
+    def shared_out(g):
+        g = g.div_(g.sum(1, keepdim=True).clamp_(min=TINY))
+        return torch.zeros_like(rate).index_add(0, row, g * count), g
+
+    n, g = shared_out(chance.clone() if n is None else (n + shape)[row].mul_(chance))
     for _ in range(steps):
-        g = (n[row] - g + shape) * chance
-        g = g / g.sum(1, keepdim=True).clamp(min=TINY)
-        n = torch.zeros_like(rate).index_add_(0, row, g * count[:, None])
+        n, g = shared_out(n[row].sub_(g).add_(shape).mul_(chance))
     return n, g
 
 
 @torch.no_grad()
-def start(documents, exposure, background, units, passes=10, batch=512, steps=6):
+def start(documents, exposure, background, units, passes=30, batch=256, steps=2):
     """w0, (units, V), by `passes` of stochastic collapsed variational inference over the documents.
 
     Each minibatch is read, and the words it gives to a topic, scaled up to all documents, replace
@@ -118,12 +122,16 @@ def start(documents, exposure, background, units, passes=10, batch=512, steps=6)
     total = background[:, None] * size / units  # expected words of each kind in a topic
     held = PSEUDO + total * torch.empty(len(background), units).exponential_().to(total)
     shape = held.new_full((units,), SHAPE)
+    read_before = held.new_empty(size, units)  # where a document's reading goes on in the next pass
     for step in range(passes):
         memory = 0.5 if 3 * step < 2 * passes else 1.7  # passes, the topics' time constant
         for rows in torch.randperm(size).split(batch):
             row, word, count = entries(documents[rows], held.dtype)
             w = held / held.sum(0)  # equal sums: the posterior rates are equal and cancel
-            n, g = read(row, word, count, w, shape, w.new_ones(len(rows), units), steps)
+            words = row, word, count, w, shape, w.new_ones(len(rows), units)
+            # From nothing a reading takes more steps than from where it was a pass ago.
+            n, g = read(*words, steps, read_before[rows]) if step else read(*words, 3 * steps)
+            read_before[rows] = n
             new = torch.zeros_like(held).index_add_(0, word, g * count[:, None])
             share = min(1.0, len(rows) / size / memory)
             held = (1 - share) * held + share * (PSEUDO + new * (size / len(rows)))
