@@ -2,7 +2,7 @@
 
 The posterior of a whole deep exponential family has as many copies as its units have orders, and
 scale moves between its layers; no MCMC reaches it and no two fits agree on it. Given the weights
-the factors are identified. So the reference is theirs, for two layers and eight paragraphs.
+the factors are identified. So the reference is theirs, for two layers and four paragraphs.
 """
 
 import numpy as np
@@ -16,18 +16,18 @@ from .guide import Guide, start
 from .model import variant
 
 WIDTHS = (6, 3)
-WORDS, EVERY, DOCUMENTS = 300, 40, 8
+WORDS, EVERY, DOCUMENTS = 300, 40, 4
 
 
 def reference_problem():
     """(model, guides, data) whose posterior reference.json holds.
 
     The weights are known: w0 as :func:`~.guide.start` finds it on every 40th paragraph and its 300
-    most frequent words, w1 drawn from its prior's mean and a shape of 1. data: eight paragraphs.
+    most frequent words, w1 drawn from its prior's mean and a shape of 1. data: four paragraphs.
 
     >>> model, guides, data = reference_problem()
     >>> data["documents"].shape[0], list(guides)
-    (8, ['gamma factors', 'lognormal factors'])
+    (4, ['gamma factors', 'lognormal factors'])
     """
     counts = state_of_the_union().counts[::EVERY]
     frequent = np.sort(np.argsort(-np.asarray(counts.sum(0)).ravel(), kind="stable")[:WORDS])
@@ -51,7 +51,7 @@ def reference_problem():
     return model, guides, given | few
 
 
-def reference(chains=4, draws=3_000, warmup=1_000, seed=0, progress=True):
+def reference(chains=4, draws=2_000, warmup=500, seed=0, progress=True):
     """vi.Reference of `reference_problem()`; what `python -m recipes reference` writes to disk."""
     model, _, data = reference_problem()
     return vi.Reference.nuts(
