@@ -39,6 +39,8 @@ from pyro.infer.reparam import LocScaleReparam
 import vi_toolkit as vi
 from benchmarks.posteriordb import read_draws, read_json
 from benchmarks.posteriordb_models import MODELS
+from recipes import linear_regression
+from recipes.linear_regression.exact import posterior as exact_posterior
 from vi_toolkit import deterministic as det
 from vi_toolkit.diagnostics.psis import smoothed
 from vi_toolkit.families import FullRank
@@ -71,6 +73,65 @@ def non_centred(model: Any) -> Any:
     return poutine.reparam(model, config={"theta": LocScaleReparam(0.0)})
 
 
+class Auxiliary(torch.nn.Module):
+    r"""A mean-field guide whose parameters depend on auxiliary variables that are then ignored.
+
+    q(u) = \int q(u | a) q(a) da has no density in closed form, so a reverse model r(a | u) joins
+    the model, and the ELBO of the two together, which is the ELBO of q(u) minus
+    E_q KL(q(a | u) || r(a | u)), is maximised. Both start so that this is mean field's ELBO.
+
+    Ranganath, Tran and Blei, "Hierarchical Variational Models", ICML 2016; Maaloe, Sonderby,
+    Sonderby and Winther, "Auxiliary Deep Generative Models", ICML 2016.
+
+    Args:
+        joint: of the model, whose unconstrained vector is the one latent ``u`` of :meth:`model`.
+        mean, sd: of a mean-field fit, (d,).
+        size: of a.
+        hidden: units of either network.
+    """
+
+    def __init__(
+        self, joint: Joint, mean: torch.Tensor, sd: torch.Tensor, size: int = 2, hidden: int = 20
+    ):
+        super().__init__()
+        self.joint, self.size, self.mean, self.sd = joint, size, mean, sd
+
+        def network(inputs: int, outputs: int) -> torch.nn.Module:
+            last = torch.nn.Linear(hidden, 2 * outputs)
+            torch.nn.init.zeros_(last.bias)
+            last.weight.data *= 0.01
+            return torch.nn.Sequential(torch.nn.Linear(inputs, hidden), torch.nn.Tanh(), last)
+
+        self.forward_net = network(size, joint.dim)
+        self.reverse_net = network(joint.dim, size)
+
+    def model(self) -> None:
+        pyro.module("auxiliary", self)
+        d = self.joint.dim
+        flat = dist.Normal(torch.zeros(d), 1.0).to_event(1).mask(False)
+        u = pyro.sample("u", flat)
+        with poutine.block():  # its sites are in the factor already
+            log_density = self.joint.log_density(u)
+        pyro.factor("joint", log_density)
+        loc, log_scale = self.reverse_net((u - self.mean) / self.sd).chunk(2, -1)
+        pyro.sample("a", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    def guide(self) -> None:
+        pyro.module("auxiliary", self)
+        a = pyro.sample("a", dist.Normal(torch.zeros(self.size), 1.0).to_event(1))
+        shift, log_stretch = self.forward_net(a).chunk(2, -1)
+        loc, scale = self.mean + self.sd * shift, self.sd * log_stretch.exp()
+        pyro.sample("u", dist.Normal(loc, scale).to_event(1))
+
+
+def auxiliary(model: Any, data: dict) -> Auxiliary:
+    start = vi.fit(model, AutoNormal, data, progress=False)
+    joint = Joint(model, data)
+    u = joint.flatten(start.sample(20_000))
+    torch.manual_seed(0)
+    return Auxiliary(joint, u.mean(0), u.std(0))
+
+
 def guides(
     name: str, model: Any, data: dict, flow_steps: int
 ) -> Iterator[tuple[str, Any, Any, dict]]:
@@ -83,6 +144,11 @@ def guides(
     if name == "eight schools, centred":
         yield "mean field, theta non-centred", non_centred(model), AutoNormal, {}
         yield "full rank, theta non-centred", non_centred(model), AutoMultivariateNormal, {}
+    if flow_steps and ("eight" in name or name == "linear_regression"):
+        both = auxiliary(model, data)
+        many = vi.Reparam(particles=10)
+        options = {"steps": flow_steps, "optimizer": 0.005, "estimator": many, "compile": False}
+        yield "auxiliary variables (bound)", both.model, both.guide, options
     if flow_steps and "eight" in name:
         options = {"steps": flow_steps, "optimizer": 0.01}
         yield "IAF", model, AutoIAFNormal(model, hidden_dim=[20], num_transforms=2), options
@@ -109,6 +175,9 @@ def posteriors(folder: Path) -> Iterator[tuple[str, Any, dict, dict]]:
         theta = sites["mu"][:, None] + sites["tau"][:, None] * sites["eta"]
         centred = {"mu": sites["mu"], "tau": sites["tau"], "theta": theta}
         yield "eight schools, centred", centred_eight_schools, data, centred
+    data = linear_regression.load_data()
+    exact = exact_posterior(**data)
+    yield "linear_regression", linear_regression.model, data, exact.sample(DRAWS, seed=0)
 
 
 def errors(
@@ -249,7 +318,7 @@ def row(name: str, label: str, *numbers: float) -> str:
 
 def fitted_row(name: str, label: str, of: vi.Fit, sites: dict, to_u: Callable) -> str:
     draws = of.sample(DRAWS)
-    if missing := set(sites) - set(draws):
+    if "u" not in draws and (missing := set(sites) - set(draws)):
         made = of.predict(draws=draws)
         draws |= {site: made[site] for site in missing}
     elbo, se = of.elbo_estimate(DRAWS)
@@ -280,6 +349,8 @@ def main(argv: list[str] | None = None) -> None:
         joint = Joint(model, data)
 
         def to_u(draws: dict, joint: Joint = joint) -> np.ndarray:
+            if "u" in draws:  # auxiliary variables: all latents in one vector
+                return draws["u"].numpy()
             values = {site: draws[site].double() for site in joint.sites}
             return joint.flatten(values).detach().numpy()
 

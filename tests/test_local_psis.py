@@ -34,6 +34,9 @@ def test_k_hat_per_datum_is_the_correlation_and_the_bad_one_is_named():
     assert "1 of 4 data in plate 'data': 3" in found.meaning
     assert found.sites == ["a", "b"]
     assert (np.diff(found.effective_fraction) < 0).all()
+    axes = found.plot().axes[0]
+    assert axes.get_title(loc="left") == "a, b: 1 of 4 with k-hat of 0.7 or more"
+    assert [text.get_text() for text in axes.texts] == ["3"]
 
 
 def test_silent_on_exact_locals_even_where_the_globals_are_wrong():

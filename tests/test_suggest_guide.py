@@ -2,6 +2,7 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
@@ -21,6 +22,10 @@ def test_a_full_covariance_gains_the_known_divergence():
     assert abs(row["gain"] - float(expected)) < Z * row["gain se"]
     assert found.fit.family == "full-rank"
     assert "larger" in repr(found)
+    left, right = found.plot().axes
+    assert left.get_title(loc="left") == "Best: AutoMultivariateNormal"
+    assert [bar.get_width() for bar in left.patches] == pytest.approx([row["gain"], 0.0])
+    assert len(right.collections[0].get_offsets()) == 2
 
 
 def test_silent_where_nothing_is_better():

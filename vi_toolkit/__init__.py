@@ -12,6 +12,7 @@ from vi_toolkit.diagnostics import (
     LocalParetoK,
     MissedMode,
     PredictiveCheck,
+    WarmChains,
     convergence,
     diagnose,
     error_bounds,
@@ -25,6 +26,7 @@ from vi_toolkit.diagnostics import (
     psis,
     suggest_guide,
     vsbc,
+    warm_chains,
     when_converged,
 )
 from vi_toolkit.errors import (
@@ -83,6 +85,7 @@ __all__ = [
     "RunningMean",
     "Score",
     "VIError",
+    "WarmChains",
     "compare",
     "convergence",
     "diagnose",
@@ -100,5 +103,6 @@ __all__ = [
     "psis",
     "suggest_guide",
     "vsbc",
+    "warm_chains",
     "when_converged",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from vi_toolkit.comparison import Comparison
-    from vi_toolkit.diagnostics import VSBC, Diagnosis, PredictiveCheck
+    from vi_toolkit.diagnostics import (
+        VSBC,
+        Diagnosis,
+        ErrorBounds,
+        GuideSuggestion,
+        LocalParetoK,
+        PredictiveCheck,
+        WarmChains,
+    )
     from vi_toolkit.fitting import Fit
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -108,6 +117,145 @@ def plot_diagnosis(diagnosis: Diagnosis) -> Figure:
 
 def _wrapped(sentences: list[str], width: int = 110) -> list[str]:
     return [line for s in sentences for line in (textwrap.wrap(s, width) or [""])]
+
+
+def plot_chains(found: WarmChains, scalars: int = 6) -> Figure:
+    """The chains' means on their way from the guide's, in posterior sds, and R-hat per scalar.
+
+    The grey band is two standard errors of a mean over the chains and a slice of time. The means of
+    a right guide start inside it, near zero.
+
+    Args:
+        found: from :func:`~vi_toolkit.warm_chains`.
+        scalars: at most so many lines, those that moved furthest first.
+    """
+    from vi_toolkit.diagnostics.chains import WARMUP
+
+    order = np.argsort(-np.abs(found.moved))[:scalars]
+    edges = [0]
+    while edges[-1] < len(found.path):  # slices that grow, since most happens at the beginning
+        edges.append(min(max(edges[-1] + 1, int(1.5 * edges[-1])), len(found.path)))
+    slices = [np.arange(a, b) for a, b in itertools.pairwise(edges)]
+    when = [0.6, *(float(np.sqrt((s[0] + 1) * (s[-1] + 1))) for s in slices)]
+    means = np.stack([found.guide_mean, *(found.path[s].mean(0) for s in slices)])
+    moved = (means - found.mean) / found.sd
+    rate = found.bulk_ess.min() / (found.chains * found.draws)  # effective draws of a transition
+    counts = np.array([1, *(len(s) for s in slices)])
+    noise = 2 / np.sqrt(found.chains * np.maximum(1, min(rate, 1) * counts))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+        left.fill_between(when, -noise, noise, color=REFERENCE, lw=0)
+        left.axvline(sum(WARMUP), color="#777777", lw=0.8, ls=":")
+        for k, i in enumerate(order):
+            left.plot(when, moved[:, i], color=COLOURS[k], lw=1.3, label=found.names[i])
+            left.plot(when[:1], moved[:1, i], "o", ms=4, color=COLOURS[k])
+        left.annotate(
+            "kept from here", (sum(WARMUP), 0.02), (3, 0), xycoords=("data", "axes fraction"),
+            textcoords="offset points", fontsize=7.5, color="#777777",
+        )  # fmt: skip
+        left.set_xscale("log")
+        left.set_xticks([0.6, 1, 10, 100, 1000], ["guide", "1", "10", "100", "1000"])
+        left.minorticks_off()
+        left.set_xlim(0.5, len(found.path))
+        left.set_xlabel("transition")
+        left.set_ylabel("mean of the chains (posterior sds)")
+        left.set_title("Do the chains leave the guide?")
+        figure.legend(frameon=False, fontsize=8, loc="outside lower left", ncols=scalars)
+        right.plot(found.bulk_ess, found.r_hat, "o", ms=3.5, alpha=0.7, color=COLOURS[0])
+        right.axhline(1.01, color="#777777", lw=0.8, ls=":")
+        right.axvline(1_000, color="#777777", lw=0.8, ls=":")
+        right.set_xscale("log")
+        right.set_xlabel("bulk ESS")
+        right.set_ylabel("rank R-hat")
+        right.set_title("usable" if found.reliable else "not usable")
+    return figure
+
+
+def plot_bounds(found: ErrorBounds) -> Figure:
+    """Bounds on the errors of means and sds, in the guide's sds, for every scalar.
+
+    Args:
+        found: from :func:`~vi_toolkit.error_bounds`.
+    """
+    mean, sd = found.mean / found.guide_sd, found.sd / found.guide_sd
+    order = np.argsort(-mean, kind="stable")[:MOST_SCALARS][::-1]
+    where = np.arange(len(order))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 1.3 + 0.2 * max(len(order), 4)), layout="constrained")
+        axes = figure.subplots()
+        if np.isfinite(mean).all():
+            for k, (label, bound) in enumerate((("mean", mean), ("sd", sd))):
+                axes.plot(bound[order], where, "o", ms=4.5, color=COLOURS[k], label=label)
+            axes.axvspan(0, 0.05, color=REFERENCE, lw=0)
+            axes.set_yticks(where, [found.names[i] for i in order])
+            axes.set_xlim(0, 1.08 * max(mean.max(), sd.max(), 0.05))
+            axes.set_xlabel("the error is at most (guide's sds)")
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+            hidden = len(mean) - len(order)
+            axes.set_title("Bounds" + (f", without the {hidden} smallest" if hidden else ""))
+            axes.grid(axis="x", color=PALE, lw=0.7)
+            axes.set_axisbelow(True)
+        else:
+            axes.axis("off")
+            axes.text(0, 1, "\n".join(_wrapped([found.meaning], 80)), va="top", fontsize=9)
+    return figure
+
+
+def plot_local_psis(found: LocalParetoK, named: int = 5) -> Figure:
+    """k-hat of every datum, with two standard errors.
+
+    Args:
+        found: from :func:`~vi_toolkit.local_psis`.
+        named: at most so many of the worst data are numbered.
+    """
+    where, bad = np.arange(len(found.k)), np.zeros(len(found.k), dtype=bool)
+    bad[found.bad] = True
+    error = 2 * np.nan_to_num(found.standard_error)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 2.8), layout="constrained")
+        axes = figure.subplots()
+        for pick, colour in ((~bad, COLOURS[0]), (bad, COLOURS[1])):
+            axes.errorbar(where[pick], found.k[pick], yerr=error[pick], fmt="o", ms=3.5, lw=0.8,
+                          color=colour)  # fmt: skip
+        for i in found.bad[:named]:
+            axes.annotate(str(i), (i, found.k[i]), (4, 3), textcoords="offset points", fontsize=8)
+        axes.axhline(0.7, color="#777777", lw=0.8, ls=":")
+        axes.margins(y=0.12)
+        axes.set_xlabel(found.plate)
+        axes.set_ylabel("k-hat")
+        sites = ", ".join(found.sites)
+        axes.set_title(f"{sites}: {len(found.bad)} of {len(found.k)} with k-hat of 0.7 or more")
+    return figure
+
+
+def plot_suggestion(found: GuideSuggestion) -> Figure:
+    """What every candidate gains, in nats, and its k-hat.
+
+    Args:
+        found: from :func:`~vi_toolkit.suggest_guide`.
+    """
+    table = found.table.iloc[::-1]
+    where = np.arange(len(table))
+    labels = ["\n".join(textwrap.wrap(str(name), 34)) for name in table.index]
+    colours = [COLOURS[2 if name == found.best else 0] for name in table.index]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 1.2 + 0.5 * len(table)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+        left.barh(where, table["gain"], height=0.5, color=colours)
+        left.errorbar(table["gain"], where, xerr=2 * table["gain se"], fmt="none", ecolor=INK, lw=1)
+        left.axvline(0, color="#777777", lw=0.8)
+        left.set_yticks(where, labels)
+        left.set_ylim(-0.6, len(table) - 0.4)
+        left.set_xlabel("ELBO over that of the fit (nats)")
+        left.set_title(f"Best: {found.best}" if found.best else "None is better")
+        right.scatter(table["k-hat"], where, c=colours, s=22)
+        right.axvline(0.7, color="#777777", lw=0.8, ls=":")
+        right.set_xlim(min(0, 1.1 * float(table["k-hat"].min())),
+                       max(1, 1.1 * float(table["k-hat"].max())))  # fmt: skip
+        right.tick_params(axis="y", length=0)
+        right.set_xlabel("k-hat")
+    return figure
 
 
 def plot_fit(fit: Fit, draws: int = 4000, scalars: int = 12, seed: int = 0) -> Figure:

@@ -354,9 +354,9 @@ class Reference:
                 raise ReferenceError(f"the draws of {name} are not all finite")
             if column.min() == column.max():
                 raise ReferenceError(f"{name} does not vary: every draw is {column[0]:.6g}")
-        r_hat = _each(az.rhat, by_chain, method="rank")
-        bulk = _each(az.ess, by_chain, method="bulk")
-        tail = _each(az.ess, by_chain, method="tail", prob=(0.05, 0.95))
+        r_hat = each_scalar(az.rhat, by_chain, method="rank")
+        bulk = each_scalar(az.ess, by_chain, method="bulk")
+        tail = each_scalar(az.ess, by_chain, method="tail", prob=(0.05, 0.95))
         faults: list[str] = []
         if kind == "nuts":
             if "divergences" not in made:
@@ -364,7 +364,7 @@ class Reference:
                     "a NUTS reference must say how many transitions diverged: "
                     'made={"divergences": ...}'
                 )
-            faults = _faults(joint.names, r_hat, bulk, tail, made["divergences"])
+            faults = admission_faults(joint.names, r_hat, bulk, tail, made["divergences"])
         covariance = np.atleast_2d(np.cov(flat, rowvar=False))
         sd = np.sqrt(covariance.diagonal())
         # Given the others, scalar i deviates from its regression on them by (Lambda z)_i divided by
@@ -390,12 +390,12 @@ class Reference:
             "mean": _rounded(flat.mean(0)),
             "sd": _rounded(sd),
             "covariance": _rounded(covariance),
-            "mcse_mean": _rounded(_each(az.mcse, by_chain, method="mean"), 4),
-            "mcse_sd": _rounded(_each(az.mcse, by_chain, method="sd"), 4),
-            "mcse_conditional_sd": _rounded(_each(az.mcse, residuals, method="sd"), 4),
+            "mcse_mean": _rounded(each_scalar(az.mcse, by_chain, method="mean"), 4),
+            "mcse_sd": _rounded(each_scalar(az.mcse, by_chain, method="sd"), 4),
+            "mcse_conditional_sd": _rounded(each_scalar(az.mcse, residuals, method="sd"), 4),
             "quantiles": {k: _rounded(np.quantile(flat, p, axis=0)) for k, p in LEVELS.items()},
             "mcse_quantiles": {
-                k: _rounded(_each(az.mcse, by_chain, method="quantile", prob=p), 4)
+                k: _rounded(each_scalar(az.mcse, by_chain, method="quantile", prob=p), 4)
                 for k, p in LEVELS.items()
             },
             "skewness": _rounded(scipy.stats.skew(flat), 4),
@@ -601,13 +601,13 @@ def _rounded(x: Any, digits: int = 12) -> Any:
 # Draws -------------------------------------------------------------------------------------
 
 
-def _each(statistic: Callable[..., Any], by_chain: np.ndarray, **options: Any) -> np.ndarray:
+def each_scalar(statistic: Callable[..., Any], by_chain: np.ndarray, **options: Any) -> np.ndarray:
     """An ArviZ statistic of each scalar; (chains, n, d) -> (d,). Same call in ArviZ 0.x and 1.x."""
     columns = np.moveaxis(by_chain, -1, 0)
     return np.array([float(statistic(column, **options)) for column in columns])
 
 
-def _faults(
+def admission_faults(
     names: list[str], r_hat: np.ndarray, bulk: np.ndarray, tail: np.ndarray, divergences: int
 ) -> list[str]:
     """Every admission rule that fails, with the worst scalar and its number; empty if none does."""

@@ -1,6 +1,7 @@
 """Whether to believe a fit: one diagnostic per file, and :func:`diagnose`, which climbs them."""
 
 from vi_toolkit.diagnostics.bounds import ErrorBounds, error_bounds
+from vi_toolkit.diagnostics.chains import WarmChains, warm_chains
 from vi_toolkit.diagnostics.convergence import Convergence, convergence, when_converged
 from vi_toolkit.diagnostics.evidence import Evidence, log_evidence
 from vi_toolkit.diagnostics.importance import ImportanceMoments, importance_moments
@@ -26,6 +27,7 @@ __all__ = [
     "MissedMode",
     "ParetoK",
     "PredictiveCheck",
+    "WarmChains",
     "convergence",
     "diagnose",
     "error_bounds",
@@ -39,5 +41,6 @@ __all__ = [
     "psis",
     "suggest_guide",
     "vsbc",
+    "warm_chains",
     "when_converged",
 ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vi_toolkit.diagnostics.importance import Sample, weighted_draws
 from vi_toolkit.diagnostics.psis import ParetoK, pareto_k, smoothed
+
+if TYPE_CHECKING:
+    from vi_toolkit.plots import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +40,19 @@ class ErrorBounds:
     def meaning(self) -> str:
         """In plain words."""
         if not self.pareto_k.reliable:
-            return (
-                f"no bounds: k-hat is {self.pareto_k.k:.2f}, and 0.7 is the most that can be used"
-            )
+            return f"no bounds: {self.pareto_k.fault}"
         mean, sd = self.mean / self.guide_sd, self.sd / self.guide_sd
         return (
             f"means are within {mean.max():.3f} and sds within {sd.max():.3f} guide sds of the "
             f"posterior's (loosest for {self.names[int(mean.argmax())]} and "
             f"{self.names[int(sd.argmax())]})"
         )
+
+    def plot(self) -> Figure:
+        """The bounds of every scalar, in the guide's sds."""
+        from vi_toolkit.plots import plot_bounds
+
+        return plot_bounds(self)
 
     def __repr__(self) -> str:
         return f"Error bounds of {len(self.names)} scalars: {self.meaning}"

@@ -17,7 +17,7 @@ from vi_toolkit.diagnostics.psis import ParetoK
 
 @dataclass(frozen=True)
 class Evidence:
-    """Log evidence and ELBO, in nats.
+    """Log evidence and ELBO, in nats. Two numbers and their errors, so it has no ``.plot()``.
 
     Attributes:
         log_evidence, log_evidence_se: log p(x) and its Monte Carlo standard error.
@@ -48,9 +48,11 @@ class Evidence:
             f"log evidence {self.log_evidence:.3f} ± {self.log_evidence_se:.3f} nats, the ELBO "
             f"{self.gap:.3f} ± {self.gap_se:.3f} below it"
         )
-        if self.pareto_k.reliable:
+        k = self.pareto_k
+        # Mass unseen is missing from the evidence, and no worse than noise of that size.
+        if k.reliable or (k.k < k.limit and k.unseen <= self.log_evidence_se):
             return said
-        return f"{said}; but with k-hat {self.pareto_k.k:.2f} the evidence is probably too low"
+        return f"{said}; but the evidence is probably too low: {k.fault}"
 
     def __repr__(self) -> str:
         return f"Evidence: {self.meaning}"

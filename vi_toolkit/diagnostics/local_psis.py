@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro.poutine as poutine
@@ -14,6 +14,9 @@ from vi_toolkit.joint import latent_sites
 from vi_toolkit.noise import FunctionalNoise
 from vi_toolkit.scope import seeded_state
 from vi_toolkit.vectorise import Batched
+
+if TYPE_CHECKING:
+    from vi_toolkit.plots import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,12 @@ class LocalParetoK:
             f"{what} is far from the posterior for {len(self.bad)} of {len(self.k)} data in plate "
             f"{self.plate!r}: {worst}{more}"
         )
+
+    def plot(self) -> Figure:
+        """k-hat of every datum."""
+        from vi_toolkit.plots import plot_local_psis
+
+        return plot_local_psis(self)
 
     def __repr__(self) -> str:
         return f"Local k-hat: {self.meaning}"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 GOOD, USABLE = 0.5, 0.7  # shape of the weights' tail: finite variance below 1/2
+UNSEEN = 2e-3  # share of the mass: at five sds it moves a mean by 0.01 sd and an sd by 2.5 %
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,18 @@ class ParetoK:
     """The tail of the importance weights p(x, z) / q(z), over several sets of draws.
 
     k-hat by itself condemns correct fits (its single-run standard deviation is 0.05 to 0.08, and
-    in many dimensions small errors add up) and says nothing of mass that q never visits. Read it
-    with the other two numbers, and with the ELBOs of other starts.
+    in many dimensions small errors add up), and passes weights of which a few carry much. It is
+    the *shape* of a tail; ``unseen`` is how much is in it. Neither says anything of mass that q
+    never visits: look at the ELBOs of other starts.
 
     Attributes:
         k: mean over repetitions of the fitted Pareto shape k-hat.
         standard_error: Monte Carlo standard error of that mean.
         effective_fraction: effective sample size of the smoothed weights, over the draws.
         sd_log_weight: sd of log p(x, z) - log q(z), in nats; 0 for an exact posterior.
+        unseen: estimated share of the posterior's mass where the weights are larger than any that
+            was drawn, w / (1 - k) with w the largest smoothed weight's share of all draws' (what a
+            Pareto tail has beyond its quantile 1 - 1/S); infinite for k of 1 or more.
         draws: draws per repetition.
         repetitions: how many sets of draws.
 
@@ -41,21 +46,46 @@ class ParetoK:
     sd_log_weight: float
     draws: int
     repetitions: int
+    unseen: float = 0.0
+
+    @property
+    def limit(self) -> float:
+        """k above which so many draws say nothing: 1 - 1 / log10(draws), Vehtari et al. (2024)."""
+        return 1 - 1 / math.log10(max(self.draws, 11))
 
     @property
     def reliable(self) -> bool:
-        """Whether estimates with these weights can be used: k-hat below 0.7."""
-        return self.k < USABLE
+        """Whether averages with these weights can be used.
+
+        k-hat below ``limit``, and at most 0.2 % of the mass unseen. Vehtari et al. also stop at
+        k = 0.7, beyond which an average may converge too slowly; whether it has, ``unseen`` says of
+        the draws at hand: a little mass in a heavy tail does no harm, much of it in a lighter
+        tail does.
+        """
+        return self.k < self.limit and self.unseen <= UNSEEN
+
+    @property
+    def fault(self) -> str:
+        """Why they cannot be used, in words; empty if they can."""
+        if self.reliable:
+            return ""
+        if self.k >= self.limit:
+            return (
+                f"k-hat is {self.k:.2f}, where {self.limit:.2f} is the most for {self.draws} draws"
+            )
+        return (
+            f"about {self.unseen:.2g} of the mass is beyond the largest weight (k-hat {self.k:.2f})"
+        )
 
     @property
     def meaning(self) -> str:
         """In plain words."""
         share = f"{100 * self.effective_fraction:.0f}% of the draws count"
+        if not self.reliable:
+            return f"averages with these weights cannot be used: {self.fault}"
         if self.k < GOOD:
             return f"the weights have a finite variance; {share}"
-        if self.k < USABLE:
-            return f"the weights are usable, their averages converge slowly; {share}"
-        return "the weights are dominated by a few draws; averages with them mean nothing"
+        return f"the weights are usable, their averages converge slowly; {share}"
 
     def __repr__(self) -> str:
         return (
@@ -94,7 +124,13 @@ def pareto_k(log_weights: torch.Tensor | np.ndarray) -> ParetoK:
         sd_log_weight=float(finite.std()),
         draws=weights.shape[1],
         repetitions=count,
+        unseen=_unseen(weights, float(np.mean(ks))),
     )
+
+
+def _unseen(weights: np.ndarray, k: float) -> float:
+    """Mass beyond the largest weight of a tail with shape k, from (repetitions, S) log weights."""
+    return float(smoothed(weights.ravel()).max() / (1 - max(k, 0.0))) if k < 1 else math.inf
 
 
 def smoothed(log_weights: torch.Tensor | np.ndarray) -> np.ndarray:

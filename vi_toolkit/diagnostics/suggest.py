@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyro.distributions as dist
@@ -21,6 +21,9 @@ from vi_toolkit.errors import ConvergenceWarning, VIError
 from vi_toolkit.fitting import MOST_LATENTS, Fit
 from vi_toolkit.fitting import fit as refit
 from vi_toolkit.joint import latent_sites
+
+if TYPE_CHECKING:
+    from vi_toolkit.plots import Figure
 
 Candidate = tuple[Callable[..., Any], Any]
 
@@ -58,6 +61,12 @@ class GuideSuggestion:
             f"fit {self.best}: its ELBO is {row['gain']:.3f} ± {row['gain se']:.3f} nats larger, "
             f"and k-hat {row['k-hat']:.2f} instead of {now['k-hat']:.2f}"
         )
+
+    def plot(self) -> Figure:
+        """Gain and k-hat of every candidate."""
+        from vi_toolkit.plots import plot_suggestion
+
+        return plot_suggestion(self)
 
     def __repr__(self) -> str:
         return f"Suggestion: {self.meaning}\n{self.table.to_string(float_format='{:.3f}'.format)}"

@@ -11,6 +11,7 @@ import pandas as pd
 
 from vi_toolkit.comparison import DO_NOT_TRUST, MEANS_ONLY, STANDARD_ERRORS, TRUST
 from vi_toolkit.diagnostics.bounds import ErrorBounds, bounds_of
+from vi_toolkit.diagnostics.chains import WarmChains, warm_chains
 from vi_toolkit.diagnostics.convergence import Convergence, convergence
 from vi_toolkit.diagnostics.evidence import Evidence, evidence_of
 from vi_toolkit.diagnostics.importance import ImportanceMoments, moments_of, weighted_draws
@@ -37,10 +38,12 @@ class Diagnosis:
         convergence: the first rung.
         pareto_k: of the guide's own weights; None if the ladder ended before.
         linear_response: of a mean-field guide by the deterministic method, else None.
-        moments: reliable importance moments, or None where no proposal gave any.
+        moments: reliable posterior moments, by importance sampling or by the chains; None where
+            neither gave any.
         table: a row per scalar with the guide's mean and sd beside these moments'; None likewise.
-        evidence: log evidence and its gap to the ELBO; None likewise.
+        evidence: log evidence and its gap to the ELBO, where importance sampling gave them.
         bounds: on the error of every mean and sd, where the guide's own weights can be used.
+        chains: short chains from the guide, where importance sampling could not decide.
         missed: other modes that hold mass; found by chance, so that none is no proof.
     """
 
@@ -50,11 +53,12 @@ class Diagnosis:
     convergence: Convergence
     pareto_k: ParetoK | None = None
     linear_response: LinearResponse | None = None
-    moments: ImportanceMoments | None = None
+    moments: ImportanceMoments | WarmChains | None = None
     table: pd.DataFrame | None = None
     evidence: Evidence | None = None
     bounds: ErrorBounds | None = None
     missed: list[MissedMode] = field(default_factory=list)
+    chains: WarmChains | None = None
 
     def __repr__(self) -> str:
         lines = [f"Verdict: {self.verdict}."] + [f"- {reason}" for reason in self.reasons]
@@ -63,8 +67,10 @@ class Diagnosis:
         lines += ["Measured:", f"  convergence: {self.convergence.meaning}"]
         if self.pareto_k is not None:
             lines.append(f"  guide's weights: {self.pareto_k!r}")
-        if self.moments is not None and self.moments.proposal != "guide":
+        if isinstance(self.moments, ImportanceMoments) and self.moments.proposal != "guide":
             lines.append(f"  {self.moments.proposal}'s weights: {self.moments.pareto_k!r}")
+        if self.chains is not None:
+            lines.append(f"  chains: {self.chains!r}")
         if self.linear_response is not None:
             lines.append(f"  linear response: {self.linear_response.meaning}")
         if self.evidence is not None:
@@ -85,8 +91,12 @@ class Diagnosis:
         if self.pareto_k is not None:
             out["pareto_k"] = {
                 key: getattr(self.pareto_k, key)
-                for key in ("k", "standard_error", "effective_fraction", "sd_log_weight", "draws")
-            }
+                for key in (
+                    "k", "standard_error", "effective_fraction", "sd_log_weight", "unseen", "draws"
+                )
+            }  # fmt: skip
+        if self.moments is not None:
+            out["moments_by"] = _by(self.moments)
         out["missed_modes"] = [
             {"share": mode.share, "location": mode.location} for mode in self.missed
         ]
@@ -110,25 +120,26 @@ def diagnose(
     sd_tolerance: float = 0.05,
     draws: int | None = None,
     seed: int = 0,
+    chains: bool = True,
 ) -> Diagnosis:
     """Whether to believe a fit, from the fit, the model and the data alone.
 
     The ladder, each rung standing on the one before:
 
     1. Has the optimiser arrived? If not, nothing else matters.
-    2. The guide's own importance weights (Pareto k-hat).
+    2. The guide's own importance weights: Pareto k-hat and the mass that they leave unseen.
     3. A second, wider proposal around the guide: a multivariate t whose covariance is the linear
        response of a mean-field guide, or the guide's own. If the evidence seen from there is
        larger, the guide leaves out mass.
-    4. Where either proposal's weights are reliable, posterior means and sds by importance sampling,
-       and the guide's beside them, held to the limits of :func:`~vi_toolkit.compare`.
-
-    5. Other modes, looked for from new starts (:func:`~vi_toolkit.missed_modes`): the only rung
+    4. Where neither proposal's weights are reliable, as in some 50 dimensions and more, many
+       short chains from the guide's draws (:func:`~vi_toolkit.warm_chains`): do they stay?
+    5. Where one of these is reliable, the posterior means and sds that it found, and the guide's
+       beside them, held to the limits of :func:`~vi_toolkit.compare`.
+    6. Other modes, looked for from new starts (:func:`~vi_toolkit.missed_modes`): the only rung
        that sees mass far from where the fit is, and it may miss some.
 
-    If no proposal is reliable, nothing confirms the fit, and the verdict is "do not trust" even
-    though it may be right: in many dimensions (some 50 for k-hat of a very good fit) that is what
-    importance sampling can say.
+    If nothing is reliable, nothing confirms the fit, and the verdict is "do not trust" even though
+    it may be right.
 
     Args:
         fit: a :class:`~vi_toolkit.Fit`.
@@ -136,6 +147,7 @@ def diagnose(
         sd_tolerance: largest relative error of an sd.
         draws: per set of importance draws; None for as many as is cheap.
         seed: of the draws.
+        chains: False to leave out the chains, which take longest (seconds to a minute or two).
 
     Returns:
         A :class:`Diagnosis`: ``verdict``, ``reasons``, ``next_steps``, a table, ``.plot()``.
@@ -173,28 +185,40 @@ def diagnose(
     response = None
     if fit.family == "mean-field" and fit.method == "deterministic":
         response = linear_response(fit)
-    wide = None
+    wide = covariance = None
     if fit.joint.dim <= MOST_FOR_COVARIANCE:
         covariance = _covariance(fit, response)
         if covariance is not None:
             wider = weighted_draws(fit, covariance, draws, REPETITIONS, seed)
             wide = moments_of(fit, wider, "multivariate t")
-    reliable = [m for m in (wide, own) if m is not None and m.pareto_k.reliable]
-    missed = missed_modes(fit, reliable[0].log_evidence if reliable else None, seed=seed)
+    weighted = [m for m in (wide, own) if m is not None and m.pareto_k.reliable]
+    missed = missed_modes(fit, weighted[0].log_evidence if weighted else None, seed=seed)
     reasons, next_steps = [], []
     if missed:
         reasons.append(f"It is not the whole posterior: {missed[0].meaning}.")
-    if not reliable:
-        reasons.append(
-            f"Nothing confirms it: k-hat is {own.pareto_k.k:.2f} for the guide"
-            + (f" and {wide.pareto_k.k:.2f} for a wider proposal" if wide else "")
-            + ", where 0.7 is the most that can be used."
-        )
+    run = None if weighted or not chains else warm_chains(fit, covariance, seed)
+    moments: ImportanceMoments | WarmChains
+    if weighted:
+        moments = weighted[0]
+    elif run is not None and run.reliable:
+        moments = run
+    else:
+        reasons.append(f"Nothing confirms it: of the guide's weights {own.pareto_k.fault}.")
+        if wide is not None:
+            reasons.append(f"Nor does a wider proposal: {wide.pareto_k.fault}.")
+        if run is not None:
+            reasons.append(_astray(run))
         next_steps = _unconfirmed(fit, response)
         return Diagnosis(
-            DO_NOT_TRUST, reasons, next_steps, arrived, own.pareto_k, response, missed=missed
+            DO_NOT_TRUST,
+            reasons,
+            next_steps,
+            arrived,
+            own.pareto_k,
+            response,
+            missed=missed,
+            chains=run,
         )
-    moments = reliable[0]
     table = _table(fit, moments, mean_tolerance, sd_tolerance)
     errors = table["mean error"]
     ratios = table["sd ratio"]
@@ -202,10 +226,11 @@ def diagnose(
     worst = errors.abs().idxmax()
     off = int((~table["mean ok"]).sum())
     reasons.append(
-        f"Every mean agrees with importance sampling: the largest error is "
+        f"Every mean agrees with {_by(moments)}: the largest error is "
         f"{errors[worst]:+.3f} sd ({worst})."
         if means_right
-        else f"{off} of {len(table)} means are off, {worst} by {errors[worst]:+.3f} sd."
+        else f"By {_by(moments)} {off} of {len(table)} means are off, {worst} by "
+        f"{errors[worst]:+.3f} sd."
     )
     narrow = (ratios.map(math.log)).abs().idxmax()
     reasons.append(
@@ -233,9 +258,23 @@ def diagnose(
         response,
         moments,
         table,
-        evidence_of(moments, sample),
+        evidence_of(moments, sample) if isinstance(moments, ImportanceMoments) else None,
         bounds_of(fit, sample) if own.pareto_k.reliable else None,
         missed,
+        run,
+    )
+
+
+def _by(moments: ImportanceMoments | WarmChains) -> str:
+    return "importance sampling" if isinstance(moments, ImportanceMoments) else "short chains"
+
+
+def _astray(run: WarmChains) -> str:
+    """What chains that did not arrive show all the same, and as no more than that."""
+    far = int(np.abs(run.moved).argmax())
+    return (
+        f"Nor do {run.chains} short chains from its draws: {run.faults[0]}; the mean of "
+        f"{run.names[far]} has moved by {run.moved[far]:+.2f} sd so far."
     )
 
 
@@ -252,7 +291,9 @@ def _covariance(fit: Any, response: LinearResponse | None) -> np.ndarray | None:
     return covariance
 
 
-def _table(fit: Any, moments: ImportanceMoments, mean_limit: float, sd_limit: float) -> Any:
+def _table(
+    fit: Any, moments: ImportanceMoments | WarmChains, mean_limit: float, sd_limit: float
+) -> Any:
     u = fit.joint.flatten(fit.sample(100_000, seed=2)).double()
     mean, sd = u.mean(0).numpy(), u.std(0).numpy()
     error = (mean - moments.mean) / moments.sd
@@ -293,7 +334,7 @@ def _unconfirmed(fit: Any, response: LinearResponse | None) -> list[str]:
 
 
 def _corrections(
-    fit: Any, response: LinearResponse | None, moments: ImportanceMoments
+    fit: Any, response: LinearResponse | None, moments: ImportanceMoments | WarmChains
 ) -> list[str]:
     steps = []
     if response is not None and response.optimum:
