@@ -1,0 +1,328 @@
+"""Shopper on half a million purchases: prediction, slices, ablation, price moves.
+
+    python -m benchmarks.baskets fit NAME --split random --seed 0   # one fit, kept in runs/baskets
+    python -m benchmarks.baskets table                              # all that was kept
+    python -m benchmarks.baskets ablation                           # on 200 products
+    python -m benchmarks.baskets speed
+
+`fit` without a name fits every configuration. One thread; minutes per fit.
+"""
+
+import argparse
+import itertools
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from recipes.shopper import PAPER, TERMS, load_trips, mean_field, model, point
+from recipes.shopper import evaluate as ev
+from recipes.shopper.guide import start
+from recipes.shopper.training import fit_trips, plug_in
+
+FOLDER = Path("runs/baskets")
+# Gamma(2, 5) for the price terms: the paper's Gamma(100, 1000) says that elasticities are 0.1, to
+# a tenth of that, and no amount of data moves it.
+# Embeddings of sd 0.5 rather than 1: chosen on validation trips (of 1, 0.5 and 0.3).
+HALF = {"attributes": 0.5, "interaction": 0.5, "preference": 0.5}
+LOOSE = {"price_prior": (2.0, 5.0), "size": 50, "prior_sd": HALF}
+CONFIGURATIONS = {
+    "VI, I": (mean_field, {"terms": PAPER[:1]}),
+    "VI, I+U": (mean_field, {"terms": PAPER[:2]}),
+    "VI, I+U+S": (mean_field, {"terms": PAPER[:3]}),
+    "VI": (mean_field, {"terms": PAPER}),
+    "point": (point, {"terms": PAPER}),
+    "VI, rest": (mean_field, {"terms": PAPER, "rest": True, "checkout": False}),
+    "point, rest": (point, {"terms": PAPER, "rest": True, "checkout": False}),
+    "VI, habit": (mean_field, {"terms": TERMS}),
+    "point, habit": (point, {"terms": TERMS}),
+    "VI, habit, rest": (mean_field, {"terms": TERMS, "rest": True, "checkout": False}),
+    "point, habit, rest": (point, {"terms": TERMS, "rest": True, "checkout": False}),
+    "VI, paper's price prior": (mean_field, {"terms": PAPER, "price_prior": (100.0, 1000.0)}),
+}
+# Measured before on the same splits, by other code: nats per item, random and last six weeks.
+KNOWN = {
+    "hierarchical Poisson factorisation (hpfrec)": (-5.946, -6.050),
+    "item embeddings": (-5.911, -5.977),
+    "Shopper, another point estimate": (-5.340, -5.514),
+    "log-linear blend": (-5.093, -5.312),
+    "Shopper + habit, another point estimate": (-5.081, -5.286),
+}
+
+
+def path_of(name: str, split: str, seed: int) -> Path:
+    words = f"{name} {split} {seed}".replace(",", "").replace("+", "").replace("'", "")
+    return FOLDER / f"{'_'.join(words.split())}.npz"
+
+
+def run(name: str, split: str, seed: int, steps: int, batch: int) -> None:
+    train, validation, test = load_trips().split(split)
+    guide, options = CONFIGURATIONS[name]
+    pyro.enable_validation(False)  # of 270,000 latents at every step
+    began, worked = time.time(), time.process_time()
+    fit = fit_trips(train, guide, steps, batch, seed=seed, progress=False, **LOOSE | options)
+    seconds, cpu = time.time() - began, time.process_time() - worked
+    history = train.history()
+    mean = plug_in(fit)
+    kept = {
+        "validation": ev.predictive_scores(mean, validation, history),
+        "test": ev.predictive_scores(mean, test, history),
+        "seconds": seconds,
+        "cpu": cpu,
+        "steps": steps,
+        "elbo": fit.elbo[-200:].mean(),
+    }
+    if guide is mean_field and seed == 0:
+        some = test.take(np.arange(0, len(test), 8))
+        kept["plug-in, an eighth"] = ev.predictive_scores(mean, some, history).mean()
+        kept["20 draws, an eighth"] = ev.predictive_scores(fit.sample(20), some, history).mean()
+    if "prices" in options["terms"] and split == "last weeks" and seed == 0:
+        u = {key: value[0] for key, value in mean.items()}
+        changes = ev.share_changes(u, test, history, first_week=48)
+        kept |= {f"moves, {key}": value for key, value in changes.items()}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    np.savez(path_of(name, split, seed), **kept)
+    u = {f"u.{key}": value[0].numpy() for key, value in mean.items()}
+    np.savez(path_of(name, split, seed).with_suffix(".latents.npz"), **u)
+    value, error = ev.mean_and_error(kept["test"], test)
+    print(f"{name}, {split}, seed {seed}: {value:.4f} +- {error:.4f}, {seconds:.0f} s", flush=True)
+
+
+def ablation() -> None:
+    """The paper's terms one after the other, thinking ahead, one-versus-each: 200 products."""
+    train, _, test = load_trips(items=200).split()
+    history = train.history()
+    popular = (history.sum(0) + 0.5).log()
+    scores = {"popularity": ev.score_of(lambda trip, item: popular.expand(len(trip), -1), test)}
+    rows: list[tuple[str, dict, str]] = [
+        ("I", {"terms": PAPER[:1]}, "popularity"),
+        ("I+U", {"terms": PAPER[:2]}, "I"),
+        ("I+U+S", {"terms": PAPER[:3]}, "I+U"),
+        ("I+U+S+P", {"terms": PAPER}, "I+U+S"),
+        ("I+U+S+P by one-versus-each, 50", {"terms": PAPER, "negatives": 50}, "I+U+S+P"),
+        ("I+U+S+P, thinking ahead", {"terms": PAPER, "look_ahead": True}, "I+U+S+P"),
+        ("I+U+S+P, habit", {"terms": TERMS}, "I+U+S+P"),
+    ]
+    print(f"{train}; 120 steps of 1,000 trips, embeddings of 20")
+    for name, options, before in rows:
+        began = time.process_time()
+        options = {"size": 20, "price_prior": (2.0, 5.0)} | options
+        fit = fit_trips(train, mean_field, steps=120, rate=0.05, progress=False, **options)
+        seconds = time.process_time() - began
+        look_ahead = options.get("look_ahead", False)
+        scores[name] = ev.predictive_scores(plug_in(fit), test, history, look_ahead=look_ahead)
+        value, error = ev.mean_and_error(scores[name], test)
+        gain, gain_error = ev.mean_and_error(scores[name] - scores[before], test)
+        print(
+            f"{name:32} {value:.4f} +- {error:.4f}, over {before}: {gain:+.4f} +- "
+            f"{gain_error:.4f}; {seconds:.0f} CPU s",
+            flush=True,
+        )
+        if name == "I+U+S+P":
+            one_versus_each(fit, train)
+
+
+def one_versus_each(fit, train) -> None:
+    """Bias and noise of the one-versus-each bound at a fit, per choice."""
+    some = train.take(np.arange(500))
+    u = {name: value[0] for name, value in plug_in(fit).items()}
+    options = {key: value for key, value in fit.data.items() if key not in some.arguments()}
+    arguments = some.arguments() | options | {"history": train.history(), "shuffle": False}
+    choices = int((some.baskets >= 0).sum()) + len(some)
+
+    def value(**more) -> float:
+        trace = poutine.trace(poutine.condition(model, data=u)).get_trace(**arguments | more)
+        site: Any = trace.nodes["baskets"]
+        with torch.no_grad():
+            return float(site["fn"].log_prob(site["value"]).sum()) / choices
+
+    exact, bound = value(), value(negatives=10_000)
+    print(f"    log p per choice {exact:.3f}, one-versus-each bound {bound:.3f}", end="")
+    for count in (10, 50, 100):
+        draws = [value(negatives=count) for _ in range(50)]
+        print(f"; {count} drawn: {np.mean(draws):.3f}, sd {np.std(draws):.3f}", end="")
+    print(" (500 trips)", flush=True)
+
+
+def speed(batch: int) -> None:
+    """CPU seconds per step, against the matrix products that it consists of; peak memory."""
+    pyro.enable_validation(False)
+    everything, _, _ = load_trips().split()
+    types, _, _ = load_trips(items=None, of="types").split()
+    for label, train in (
+        ("1,000 products", everything),
+        (
+            "1,000 products, a quarter of the trips",
+            everything.take(np.arange(0, len(everything), 4)),
+        ),
+        ("2,221 product types", types),
+    ):
+        data = train.arguments(terms=TERMS, **LOOSE)
+        pyro.clear_param_store()
+        guide = AutoNormal(model, init_loc_fn=start, init_scale=0.1)
+        estimator, optimizer, seconds = Trace_ELBO(), None, []
+        for rows in torch.randperm(len(train))[: 13 * batch].split(batch):
+            cut = data | {name: data[name][rows] for name in ("household", "week", "baskets")}
+            began = time.process_time()
+            estimator.loss_and_grads(model, guide, **cut)
+            if optimizer is None:
+                optimizer = torch.optim.Adam(guide.parameters(), lr=0.02)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.process_time() - began)
+        step = float(np.median(seconds[3:]))
+        purchases = int((train.baskets >= 0).sum()) / len(train) * batch
+        rows, items = int(purchases) + batch, len(train.items) + 1
+        pairs = [(torch.randn(rows, 50), torch.randn(items, 50))]  # contexts and interactions
+        pairs.append((torch.randn(batch, 60), torch.randn(items, 60)))  # tastes and seasons
+        pairs.append((torch.randn(batch, 10), torch.randn(items, 10)))  # prices
+        bare = []
+        for _ in range(10):
+            began = time.process_time()
+            for x, y in pairs:
+                for part in x.split(256):  # forward, and the two products of the gradient
+                    product = part @ y.T
+                    product @ y
+                    product.T @ part
+            bare.append(time.process_time() - began)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"{label}: {len(train):,} trips, {step:.3f} CPU s a step of {batch} trips, "
+            f"{purchases / step:,.0f} purchases/s, {step / np.median(bare):.1f} times the bare "
+            f"products; peak memory so far {peak:.2f} GiB",
+            flush=True,
+        )
+
+
+def baselines(train, test) -> dict[str, np.ndarray]:
+    history = train.history()
+    count = history.sum(0)
+    share = (count + 0.5) / (count + 0.5).sum()
+    household = test.household
+
+    def smoothed(strength):
+        def utility(trip, item):
+            return (history[household[trip]] + strength * share).log()
+
+        return utility
+
+    popular = share.log()
+    return {
+        "global popularity": ev.score_of(lambda t, i: popular.expand(len(t), -1), test),
+        "household-smoothed popularity": ev.score_of(smoothed(200.0), test),
+    }
+
+
+def kept(name: str, split: str) -> dict[int, dict[str, np.ndarray]]:
+    seeds = {}
+    for seed in range(10):
+        path = path_of(name, split, seed)
+        if path.exists():
+            with np.load(path) as file:
+                seeds[seed] = {key: file[key] for key in file.files}
+    return seeds
+
+
+def slices(train, test) -> dict[str, list[tuple[str, np.ndarray]]]:
+    trip, item = (x.numpy() for x in ev.each_item(test))
+    history = train.history().numpy()
+    bought, of_item = history.sum(1)[test.household.numpy()[trip]], history.sum(0)[item]
+    move = np.abs(test.log_price.numpy()[test.week.numpy()[trip], item])
+    out: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for title, amount in (("household's purchases", bought), ("item's purchases", of_item)):
+        edges = [0, *np.quantile(amount, [0.1, 0.25, 0.5, 0.75]), np.inf]
+        out[title] = [
+            (f"{low:.0f} to {high:.0f}", (amount >= low) & (amount < high))
+            for low, high in itertools.pairwise(edges)
+        ]
+    out["price off its mean by"] = [
+        (f"at least {least:.1%}", move >= np.log1p(least)) for least in (0, 0.025, 0.05, 0.15, 0.3)
+    ]
+    return out
+
+
+def table() -> None:
+    trips = load_trips()
+    for column, split in enumerate(("random", "last weeks")):
+        train, _, test = trips.split(split)
+        print(f"\n== {split}: {int((test.baskets >= 0).sum()):,} purchases of {len(test):,} trips")
+        print(f"{'nats per item':46} {'score':>8} {'se':>6}  seeds, minutes of one thread")
+        scores = {}
+        for name, score in baselines(train, test).items():
+            value, error = ev.mean_and_error(score, test)
+            print(f"{name:46} {value:8.4f} {error:6.4f}")
+        for name, values in KNOWN.items():
+            print(f"{name:46} {values[column]:8.3f}         (as measured before)")
+        for name in CONFIGURATIONS:
+            found = kept(name, split)
+            if not found:
+                continue
+            scores[name] = found[min(found)]["test"]
+            value, error = ev.mean_and_error(scores[name], test)
+            each = ", ".join(f"{one['test'].mean():.4f}" for one in found.values())
+            minutes = np.mean([one["cpu"] for one in found.values()]) / 60
+            print(f"{'Shopper ' + name:46} {value:8.4f} {error:6.4f}  {each}; {minutes:.1f}")
+            one = found[min(found)]
+            if "20 draws, an eighth" in one:
+                change = float(one["20 draws, an eighth"] - one["plug-in, an eighth"])
+                print(f"{'    20 draws averaged, instead of the mean':46} {change:+8.4f}")
+        for better, worse in (("VI", "point"), ("VI, habit", "point, habit"),
+                              ("VI, habit, rest", "point, habit, rest"),
+                              ("VI", "VI, I+U+S")):  # fmt: skip
+            if better not in scores or worse not in scores:
+                continue
+            gain = scores[better] - scores[worse]
+            value, error = ev.mean_and_error(gain, test)
+            print(f"\n{better} over {worse}: {value:+.4f} +- {error:.4f}")
+            for title, parts in slices(train, test).items():
+                print(f"  by {title}")
+                for label, rows in parts:
+                    if rows.sum() < 100:
+                        continue
+                    value, error = ev.mean_and_error(gain, test, rows)
+                    print(f"    {label:22} {rows.sum():7,} {value:+.4f} +- {error:.4f}")
+    print("\n== price moves of at least 15 %, weeks 49 to 53 (fits to the weeks before 48)")
+    for name in CONFIGURATIONS:
+        found = kept(name, "last weeks").get(0, {})
+        if "moves, move" not in found:
+            continue
+        observed, predicted = found["moves, observed"], found["moves, predicted"]
+        print(name)
+        for least in (1, 20, 50):
+            rows = found["moves, purchases"] >= least
+            right = (np.sign(observed) == np.sign(predicted))[rows].mean()
+            slope = (observed * predicted)[rows].sum() / (predicted**2)[rows].sum()
+            explained = 1 - ((observed - predicted)[rows] ** 2).sum() / (observed[rows] ** 2).sum()
+            print(
+                f"  at least {least:2d} purchases: {rows.sum():5,} moves, right way {right:.1%}, "
+                f"observed on predicted {slope:.2f}, squared error less by {explained:.1%} than "
+                "without prices (no change)"
+            )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["fit", "table", "ablation", "speed"])
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--split", default="random", choices=["random", "last weeks"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=1000)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if asked.what == "table":
+        table()
+    elif asked.what == "ablation":
+        ablation()
+    elif asked.what == "speed":
+        speed(asked.batch)
+    else:
+        for one in [asked.name] if asked.name else CONFIGURATIONS:
+            run(one, asked.split, asked.seed, asked.steps, asked.batch)

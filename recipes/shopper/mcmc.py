@@ -1,0 +1,109 @@
+"""Reference posteriors by NUTS: of the reference problem, and of a small one with embeddings.
+
+Embeddings are not identified: turn them all and nothing changes. So the second compares what does
+not turn, the probabilities of choices and their logs' slopes in the price.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import arviz as az
+import pyro.poutine as poutine
+import torch
+
+import vi_toolkit as vi
+from vi_toolkit.nuts import nuts_draws
+
+from .data import load_data, simulate
+from .evaluate import choice_probabilities
+from .model import model
+
+EMBEDDED = Path(__file__).with_name("embedded_reference.json")
+CASES = 40
+
+
+def reference(chains=4, draws=2000, warmup=500, seed=0, progress=True):
+    """vi.Reference of `load_data()`; what `python -m recipes reference shopper` writes to disk."""
+    return vi.Reference.nuts(
+        model,
+        load_data(),
+        chains=chains,
+        draws=draws,
+        warmup=warmup,
+        seed=seed,
+        progress=progress,
+        command="python -m recipes reference shopper",
+    )
+
+
+def embedded_problem():
+    """(data, new trips): 150 trips of 6 households to 4 items, with all terms, and 100 more trips.
+
+    Two pairs of exchangeable items, as `simulate` plants them; embeddings of one dimension.
+    """
+    data, _ = simulate(3, trips=250, households=6, items=4, weeks=6, planted=True)
+    data["size"] = 1
+    of_trips = ("household", "week", "baskets")
+    kept = data | {name: data[name][:150] for name in of_trips}
+    return kept, data | {name: data[name][150:] for name in of_trips}
+
+
+def functionals(draws, data, new):
+    """What the embeddings' turning leaves alone: {name: (draws, numbers)}.
+
+    "log probability" of every next item for households, weeks and baskets as they occur in the new
+    trips, and "elasticity", the slope of its log in the log of its own price; "held out", the log
+    probability of each new basket.
+    """
+    household, week = new["household"][:CASES], new["week"][:CASES]
+    baskets = new["baskets"][:CASES].clone()
+    baskets[:, 1:] = -1  # one item is there
+    probability = choice_probabilities(
+        draws, household, week, new["log_price"], new["history"], baskets
+    )
+    possible = probability[0] > 0
+    items = data["log_price"].shape[1]
+    slope = torch.einsum(
+        "scp,sip->sci",
+        draws["price_sensitivity"][:, household],
+        draws["price_effect"][:, :items],
+    )
+    elasticity = -slope * (1 - probability[..., :items])
+    return {
+        "log probability": probability[:, possible].log(),
+        "elasticity": elasticity[:, possible[:, :items]],
+    }
+
+
+def summary(draws, data, new):
+    """{name: {"mean": [...], "sd": [...]}} of the functionals, and "held out", nats per basket."""
+    out = {
+        name: {"mean": value.mean(0).tolist(), "sd": value.std(0).tolist()}
+        for name, value in functionals(draws, data, new).items()
+    }
+    each = []
+    for s in range(len(draws["intercept"])):
+        u = {name: value[s] for name, value in draws.items()}
+        trace = poutine.trace(poutine.condition(model, data=u)).get_trace(**new)
+        site = trace.nodes["baskets"]
+        each.append(site["fn"].log_prob(site["value"]))
+    scores = torch.stack(each).logsumexp(0) - math.log(len(each))
+    out["held out"] = scores.tolist()
+    return out
+
+
+def embedded_reference(chains=4, draws=300, warmup=200, seed=0, progress=True):
+    """NUTS on `embedded_problem()`; writes embedded_reference.json."""
+    data, new = embedded_problem()
+    by_chain, made = nuts_draws(
+        model, data, chains, draws, warmup, seed, progress, full_mass=True, compile=True
+    )
+    flat = {name: value.flatten(0, 1) for name, value in by_chain.items()}
+    out = summary(flat, data, new)
+    for name, value in functionals(flat, data, new).items():
+        chained = value.reshape(chains, -1, value.shape[1]).numpy()
+        made[f"r_hat of {name}"] = float(max(az.rhat(c) for c in chained.transpose(2, 0, 1)))
+        made[f"bulk ESS of {name}"] = float(min(az.ess(c) for c in chained.transpose(2, 0, 1)))
+    EMBEDDED.write_text(json.dumps(out | {"made": made}, indent=1) + "\n", "utf-8")
+    return out
