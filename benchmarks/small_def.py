@@ -2,7 +2,6 @@
 
 python -m benchmarks.small_def sigmoid     evidence by enumeration, ELBO, importance weighting
 python -m benchmarks.small_def gibbs       one layer: held-out words and rates against Gibbs
-python -m benchmarks.small_def nuts        two layers: a document's factors against NUTS
 """
 
 import argparse

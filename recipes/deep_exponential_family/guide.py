@@ -80,7 +80,7 @@ def entries(documents, dtype):
     return row, word, count.to(dtype)
 
 
-def read(row, word, count, w, shape, rate, steps, n=None):
+def read(row, word, count, w, shape, rate, steps):
     """Expected number of words due to each unit, the factors of the lowest layer integrated out.
 
     Each word of a document is given to unit k with probability
@@ -92,9 +92,9 @@ def read(row, word, count, w, shape, rate, steps, n=None):
     Gamma factors of this shape and posterior rate in place of a Dirichlet.
 
     row, word, count: (E,), as :func:`entries` has them; w: (V, K), the weights transposed; shape:
-    (K,); rate: (B, K), of the factors' posterior, that of the prior plus e sum_v w_kv; n: (B, K)
-    where the steps start, each word by itself if None. Returns n (B, K), whose rows add up to the
-    documents' lengths, and g (E, K).
+    (K,); rate: (B, K), of the factors' posterior, that of the prior plus e sum_v w_kv. At
+    first each word is by itself. Returns n (B, K), whose rows add up to the documents' lengths, and
+    g (E, K).
     """
     chance = w[word] / rate[row]
     count = count[:, None]
@@ -103,14 +103,14 @@ def read(row, word, count, w, shape, rate, steps, n=None):
         g = g.div_(g.sum(1, keepdim=True).clamp_(min=TINY))
         return torch.zeros_like(rate).index_add(0, row, g * count), g
 
-    n, g = shared_out(chance.clone() if n is None else (n + shape)[row].mul_(chance))
+    n, g = shared_out(chance.clone())
     for _ in range(steps):
         n, g = shared_out(n[row].sub_(g).add_(shape).mul_(chance))
     return n, g
 
 
 @torch.no_grad()
-def start(documents, exposure, background, units, passes=30, batch=256, steps=2):
+def start(documents, exposure, background, units, passes=15, batch=512, steps=6):
     """w0, (units, V), by `passes` of stochastic collapsed variational inference over the documents.
 
     Each minibatch is read, and the words it gives to a topic, scaled up to all documents, replace
@@ -122,16 +122,12 @@ def start(documents, exposure, background, units, passes=30, batch=256, steps=2)
     total = background[:, None] * size / units  # expected words of each kind in a topic
     held = PSEUDO + total * torch.empty(len(background), units).exponential_().to(total)
     shape = held.new_full((units,), SHAPE)
-    read_before = held.new_empty(size, units)  # where a document's reading goes on in the next pass
     for step in range(passes):
         memory = 0.5 if 3 * step < 2 * passes else 1.7  # passes, the topics' time constant
         for rows in torch.randperm(size).split(batch):
             row, word, count = entries(documents[rows], held.dtype)
             w = held / held.sum(0)  # equal sums: the posterior rates are equal and cancel
-            words = row, word, count, w, shape, w.new_ones(len(rows), units)
-            # From nothing a reading takes more steps than from where it was a pass ago.
-            n, g = read(*words, steps, read_before[rows]) if step else read(*words, 3 * steps)
-            read_before[rows] = n
+            _, g = read(row, word, count, w, shape, w.new_ones(len(rows), units), steps)
             new = torch.zeros_like(held).index_add_(0, word, g * count[:, None])
             share = min(1.0, len(rows) / size / memory)
             held = (1 - share) * held + share * (PSEUDO + new * (size / len(rows)))
@@ -155,7 +151,7 @@ class Guide(PyroModule):
         weights="gamma",
         factors="gamma",
         spread=0.1,
-        reads=6,
+        reads=3,
         hidden=200,
         known=None,
     ):
