@@ -24,7 +24,6 @@ for each, a rare word of a topic gets a wide factor whose draws swamp the gradie
 are worse by 0.04 nats. They start from some passes of collapsed variational inference.
 """
 
-import itertools
 import math
 
 import pyro
@@ -98,6 +97,7 @@ def read(row, word, count, w, shape, rate, steps):
     """
     chance = w[word] / rate[row]
     count = count[:, None]
+    one = count.clamp(max=1)  # word, or what there is of it: expected counts may be less
 
     def shared_out(g):
         g = g.div_(g.sum(1, keepdim=True).clamp_(min=TINY))
@@ -105,33 +105,68 @@ def read(row, word, count, w, shape, rate, steps):
 
     n, g = shared_out(chance.clone())
     for _ in range(steps):
-        n, g = shared_out(n[row].sub_(g).add_(shape).mul_(chance))
+        n, g = shared_out(n[row].sub_(g * one).add_(shape).mul_(chance))
     return n, g
 
 
 @torch.no_grad()
-def start(documents, exposure, background, units, passes=15, batch=512, steps=6):
-    """w0, (units, V), by `passes` of stochastic collapsed variational inference over the documents.
+def topics(minibatch, background, units, size, passes=15, batch=512, steps=6):
+    """Topics of `size` documents by stochastic collapsed variational inference: (w, n).
+
+    minibatch: rows -> :func:`entries` of those documents; background: (V,), the mean count of each
+    word in a document; units: how many topics. Returns w (units, V), the mean count of a word in a
+    document by way of each topic, whose sum over topics is near the background; and n (size,
+    units), each document's expected words by topic.
 
     Each minibatch is read, and the words it gives to a topic, scaled up to all documents, replace
     a share of what the topic holds, which so forgets at the pace of half a pass, in the last third
     of the passes of 1.7 (Foulds et al., "Stochastic collapsed variational Bayesian inference for
     latent Dirichlet allocation", KDD 2013). Topics begin as the background times noise.
     """
-    size, batch = len(documents), min(batch, len(documents))
     total = background[:, None] * size / units  # expected words of each kind in a topic
-    held = PSEUDO + total * torch.empty(len(background), units).exponential_().to(total)
+    held = PSEUDO + total * torch.empty_like(total).expand(-1, units).contiguous().exponential_()
     shape = held.new_full((units,), SHAPE)
+
+    def reading(rows):
+        row, word, count = minibatch(rows)
+        w = held / held.sum(0)  # equal sums: the posterior rates are equal and cancel
+        return *read(row, word, count, w, shape, w.new_ones(len(rows), units), steps), word, count
+
     for step in range(passes):
         memory = 0.5 if 3 * step < 2 * passes else 1.7  # passes, the topics' time constant
         for rows in torch.randperm(size).split(batch):
-            row, word, count = entries(documents[rows], held.dtype)
-            w = held / held.sum(0)  # equal sums: the posterior rates are equal and cancel
-            _, g = read(row, word, count, w, shape, w.new_ones(len(rows), units), steps)
+            _, g, word, count = reading(rows)
             new = torch.zeros_like(held).index_add_(0, word, g * count[:, None])
             share = min(1.0, len(rows) / size / memory)
             held = (1 - share) * held + share * (PSEUDO + new * (size / len(rows)))
-    return (held / size).T.contiguous()
+    n = torch.cat([reading(rows)[0] for rows in torch.arange(size).split(batch)])
+    return (held / size).T.contiguous(), n
+
+
+@torch.no_grad()
+def start(documents, exposure, background, widths, **options):
+    """Weights of every layer, greedily from the words up: [w0, w1, ...].
+
+    A layer is fitted as :func:`topics` of the one below: the expected words of a document by unit
+    are to it what the words are to the lowest. All means of z are one at first, so that those of w
+    above w0 add up to one over the units above.
+    """
+
+    def words(rows):
+        return entries(documents[rows], background.dtype)
+
+    w, n = topics(words, background, widths[0], len(exposure), **options)
+    weights = [w]
+    for units in widths[1:]:
+        below = n
+
+        def units_below(rows, below=below):
+            row, unit = (below[rows] > 0.05).nonzero(as_tuple=True)
+            return row, unit, below[rows][row, unit]
+
+        w, n = topics(units_below, below.mean(0), units, len(exposure), **options)
+        weights.append(w / w.sum(0))
+    return weights
 
 
 class Guide(PyroModule):
@@ -181,18 +216,18 @@ class Guide(PyroModule):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            w = start(documents, exposure, background, self.widths[0], **options)
-            self.w0_location = torch.nn.Parameter(TOPIC_SCALE * w.log())
-            if self.spread is None:
-                self.w0_spread = torch.nn.Parameter(torch.full_like(w, 3.0))
-            for layer, (below, above) in enumerate(itertools.pairwise(self.widths), 1):
-                noise = torch.randn(above, below, dtype=background.dtype)
-                if self.weights == "gamma":
-                    first = (0.5 * noise - math.log(above), torch.full_like(noise, 2.0))
-                else:
-                    first = (0.1 * noise, torch.full_like(noise, -2.0))
-                setattr(self, f"w{layer}_location", torch.nn.Parameter(first[0]))
-                setattr(self, f"w{layer}_spread", torch.nn.Parameter(first[1]))
+            first = start(documents, exposure, background, self.widths, **options)
+        for layer, w in enumerate(first):
+            if layer and self.weights == "normal":
+                w = w.log() - w.log().mean()
+            elif layer:
+                w = w.log()
+            else:
+                w = TOPIC_SCALE * w.log()
+            setattr(self, f"w{layer}_location", torch.nn.Parameter(w))
+            if layer or self.spread is None:
+                spread = torch.full_like(w, -2.0 if self.weights == "normal" else 3.0)
+                setattr(self, f"w{layer}_spread", torch.nn.Parameter(spread))
         return self
 
     def weight(self, layer):

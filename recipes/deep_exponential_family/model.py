@@ -50,6 +50,7 @@ def model(
     weights="gamma",
     link="inverse",
     learn=True,
+    shape=SHAPE,
 ):
     """z_L ~ F(top),  z_l | z_(l+1) ~ F(link(s)), s = z_(l+1) w_l,  x_v ~ Poisson(e (z_1 w_0)_v)
 
@@ -69,7 +70,8 @@ def model(
 
     documents: (N, M, 2), pairs (word, count) filled up with (0, 0); None to draw them. exposure:
     (N,), the size of each document, 1 being an average one. background: (V,), the mean count of
-    each word in a document of exposure 1. widths: units per layer, from the words up.
+    each word in a document of exposure 1. widths: units per layer, from the words up. shape: of
+    Gamma units, at the start.
     """
     if (latent, weights, link) not in FAMILIES:
         known = "; ".join(", ".join(map(repr, family)) for family in FAMILIES)
@@ -99,7 +101,7 @@ def model(
             units, top = widths[layer - 1], layer == depth
             if latent == "gamma":
                 s = parameter("top_mean", units, 1.0) if top else z @ w[layer] + FLOOR
-                prior = gamma(parameter(f"z{layer}_shape", units, SHAPE), s)
+                prior = gamma(parameter(f"z{layer}_shape", units, shape), s)
             else:
                 s = background.new_zeros(units) if top else z @ w[layer]
                 prior = prior_given(s, latent, link, parameter, f"b{layer}")
@@ -111,7 +113,9 @@ def model(
         return pyro.sample("x", words, obs=None if documents is None else documents[rows])
 
 
-def variant(widths=WIDTHS, latent="gamma", weights="gamma", link="inverse", learn=True):
+def variant(
+    widths=WIDTHS, latent="gamma", weights="gamma", link="inverse", learn=True, shape=SHAPE
+):
     """:func:`model` with its structure fixed, to be called with data alone.
 
     >>> variant((100, 30), "poisson", "gamma", "log").LATENTS["w1"]
@@ -119,7 +123,8 @@ def variant(widths=WIDTHS, latent="gamma", weights="gamma", link="inverse", lear
     """
 
     def fixed(documents=None, exposure=None, background=None):
-        return model(documents, exposure, background, widths, latent, weights, link, learn)
+        options = (widths, latent, weights, link, learn, shape)
+        return model(documents, exposure, background, *options)
 
     fixed.LATENTS = latents(widths)
     return fixed
