@@ -88,9 +88,7 @@ def table(options):
     for path in sorted(options.output.glob("*.npz")):
         variants.setdefault(path.stem.split("--")[0], []).append(np.load(path))
     for share, (_, held_out) in tests.items():
-        unigram = evaluate.log_predictive(
-            held_out, evaluate.same_for_all(evaluate.unigram(train))
-        )
+        unigram = evaluate.log_predictive(held_out, evaluate.same_for_all(evaluate.unigram(train)))
         rows = {"unigram": {"fits": 0, "each": evaluate.score(unigram)["score"]}}
         for name, fits in variants.items():
             each = [f[str(share)].astype(float) for f in fits]

@@ -12,16 +12,18 @@ number n_k of words due to unit k the conditional of a Gamma factor is conjugate
 
     q(z_1,k | z_2, x) = Gamma(shape_k + n_k, rate shape_k / s_k + e sum_v w_kv)
 
-It keeps the dependence on the layer above. Mean-field factors fitted by gradient instead settle on
-few units per document, and the topics with them: 0.15 nats per held-out word worse.
+It keeps the dependence on the layer above. Mean-field factors fitted by gradient settle on few
+units for each document instead, and the topics with them.
 
 *Upper layers, and units that are not Gamma*, have independent factors that a small network computes
 from n. Positive ones are held by (mean, shape) on log scales, softly bounded: a sparse Gamma has
 most of its draws at numbers that underflow, and its shape and rate are strongly dependent.
 
 *Topics* have lognormal factors of one fixed, small width: all but points. With a width of its own
-for each, a rare word of a topic gets a wide factor whose draws swamp the gradient, and predictions
-are worse by 0.04 nats. They start from some passes of collapsed variational inference.
+for each, a rare word of a topic gets a wide factor whose draws swamp the gradient.
+
+*Every layer starts from topics of the one below.* From noise, gradients find next to nothing above
+the lowest layer.
 """
 
 import math
@@ -41,7 +43,7 @@ PSEUDO = 0.05  # words that each topic has of each kind before any document
 # width. These keep the first moves of log means and log shapes near 0.1 at the step size of 0.02
 # that suits the weights; without them the first ten steps undo the start.
 INPUT_SCALE, OUTPUT_SCALE = 0.1, 0.05
-TOPIC_SCALE = 0.5  # how much slower the log weights of topics move than all else would
+TOPIC_SCALE = 0.5  # so that the log weights of topics move twice as fast as all else
 
 
 @kl.register_kl(torch.distributions.LogNormal, torch.distributions.Gamma)
@@ -268,9 +270,8 @@ class Guide(PyroModule):
             size = exposure[rows, None] * topics.sum(1)
 
             def given(rate):
-                rate = rate + size
-                n, _ = read(*words, topics.T.contiguous(), shape.detach(), rate.detach(), self.reads)
-                return n, rate
+                rate, w = rate + size, topics.T.contiguous()
+                return read(*words, w, shape.detach(), rate.detach(), self.reads)[0], rate
 
             n, rate = given(shape if self.log_mean is None else shape / self.log_mean.exp())
             if self.outputs:

@@ -24,7 +24,7 @@ def reference_problem():
 
     The weights are known: as :func:`~.guide.start` finds them on every 40th paragraph and its 300
     most frequent words. data: four of those paragraphs. The units have the shape of the authors'
-    code, 0.3: with 0.1 NUTS needs very long to go back and forth along the tails of their logarithms.
+    code, 0.3: with 0.1 NUTS takes very long to go along the tails of their logarithms.
 
     >>> model, guides, data = reference_problem()
     >>> data["documents"].shape[0], list(guides)
@@ -51,7 +51,7 @@ def reference_problem():
     return model, guides, given | few
 
 
-def reference(chains=4, draws=2_000, warmup=500, seed=0, progress=True):
+def reference(chains=4, draws=3_000, warmup=500, seed=0, progress=True):
     """vi.Reference of `reference_problem()`; what `python -m recipes reference` writes to disk."""
     model, _, data = reference_problem()
     return vi.Reference.nuts(

@@ -166,6 +166,7 @@ class Words(TorchDistribution):
     arg_constraints = {"z": constraints.real, "w": constraints.real}  # noqa: RUF012
     support = constraints.independent(constraints.nonnegative_integer, 2)
     has_rsample = False
+
     def __init__(self, z, w, own, exposure, length, validate_args=None):
         self.z, self.w, self.own, self.exposure = z, w, own, exposure
         self.length = w.shape[-1] if length is None else length

@@ -1,6 +1,7 @@
 """The deep exponential family: its data, the held-out protocol, model, guide, and exact answers."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -13,7 +14,8 @@ import scipy.stats
 import torch
 
 import vi_toolkit as vi
-from recipes.deep_exponential_family import exact
+from recipes import deep_exponential_family
+from recipes.deep_exponential_family import exact, reference_problem
 from recipes.deep_exponential_family.data import (
     arguments,
     background,
@@ -370,12 +372,24 @@ def test_topics_at_the_start_hold_all_words():
     rng = np.random.default_rng(0)
     given = arguments(scipy.sparse.csr_matrix(rng.poisson(1.0, (400, 30)) + 1))
     torch.manual_seed(0)
-    w = start(**given, units=5, passes=3, batch=100)
+    w, upper, top = start(**given, widths=(5, 3, 2), passes=3, batch=100)
     words = given["documents"][..., 1].sum().item()
     # Every word is in one topic, whatever the minibatches: totals vary with what the last ones
     # hold, which is 400 documents' words estimated from some 100: a relative sd below 2 %.
     assert w.sum().item() * 400 == pytest.approx(words, rel=0.02 * Z)
     assert (w > 0).all()
+    # z_1 has mean one where z_2 has.
+    for weights in (upper, top):
+        torch.testing.assert_close(weights.sum(0), torch.ones(weights.shape[1]))
+        assert (weights > 0).all()
+
+
+def test_expected_counts_are_read_too():
+    torch.manual_seed(0)
+    given = (torch.zeros(6, dtype=torch.long), torch.arange(6), torch.rand(6))  # less than a word
+    n, g = read(*given, torch.rand(6, 3), torch.full((3,), 0.05), torch.ones(1, 3), 20)
+    assert (g >= 0).all() and (n >= 0).all()
+    torch.testing.assert_close(n.sum(), given[2].sum())
 
 
 def block_corpus(documents=300, seed=0):
@@ -422,6 +436,15 @@ def test_fit_finds_the_blocks(block_fit):
     assert difference(ours, truth)[0] < 0.01
     again = log_predictive(held_out, predictive(fit, given))
     assert again.equals(ours)
+
+
+def test_a_fit_predicts_by_its_own_parameters(block_fit):
+    fit, train = block_fit
+    data = arguments(train)
+    with pyro.get_param_store().scope():
+        before = predictive(fit, data)(slice(0, 5))
+        Guide((4, 2), hidden=20).start(**data, seed=1)(**data)  # leaves its parameters behind
+        assert np.array_equal(predictive(fit, data)(slice(0, 5)), before)
 
 
 def test_every_parameter_gets_a_gradient(block_fit):
@@ -524,6 +547,30 @@ def test_gibbs_against_quadrature():
         values = [f[name].item() for f in found]
         assert abs(np.mean(values) - expected) < Z * np.std(values, ddof=1) / math.sqrt(8)
         assert np.std(values, ddof=1) < 0.2 * expected  # or the line above would say little
+
+
+def test_factors_given_the_weights_against_nuts():
+    # Mean field: factors that words speak for (known to within a factor of e) are near the truth
+    # and rather too narrow; those that they do not speak for are taken for smaller than they are.
+    drawn, guides, given = reference_problem()
+    fit = vi.fit(
+        drawn,
+        guides["gamma factors"],
+        given,
+        estimator=vi.Reparam(8, analytic_kl=True),
+        optimizer=0.01,
+        steps=1_200,
+        compile=False,
+        progress=False,
+    )
+    path = Path(deep_exponential_family.__file__).with_name("reference.json")
+    table = vi.compare(fit, vi.Reference.load(path)).table
+    known = table[table["reference sd"] < 1.0]
+    assert len(known) >= 6
+    assert known["mean error"].abs().max() < 0.6 and known["mean error"].abs().median() < 0.3
+    assert 0.5 < known["sd ratio"].min() and known["sd ratio"].max() < 1.1
+    unknown = table[table["reference sd"] > 1.0]
+    assert unknown["sd ratio"].min() < 0.5  # not hidden
 
 
 def test_background_is_the_mean_count():
