@@ -122,12 +122,12 @@ def variant(
     (30, 100)
     """
 
-    def fixed(documents=None, exposure=None, background=None):
+    def deep_exponential_family(documents=None, exposure=None, background=None):
         options = (widths, latent, weights, link, learn, shape)
         return model(documents, exposure, background, *options)
 
-    fixed.LATENTS = latents(widths)
-    return fixed
+    deep_exponential_family.LATENTS = latents(widths)
+    return deep_exponential_family
 
 
 # The table of the paper: sparse Gamma, sigmoid, Poisson with real weights, Poisson with log link.

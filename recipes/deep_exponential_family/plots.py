@@ -2,7 +2,9 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pyro
 import torch
+from pyro import poutine
 
 
 def top_words(w, background, vocabulary, count=8):
@@ -76,15 +78,14 @@ def document_through_layers(fit, row, vocabulary, draws=50, units=6, words=5):
     row: of `fit.data`. Returns the figure.
     """
     w = means(fit)
-    with torch.no_grad():
+    # A store of its own: in the caller's may be the parameters of another guide of this class.
+    with torch.no_grad(), pyro.get_param_store().scope():
         one = {
             key: value[row : row + 1] if key in ("documents", "exposure") else value
             for key, value in fit.data.items()
         }
-        from pyro import poutine
-
         traces = [poutine.trace(fit.guide).get_trace(**one) for _ in range(draws)]
-    figure, axes = plt.subplots(1, len(w), figsize=(4.6 * len(w), 0.42 * units + 1.1))
+    figure, axes = plt.subplots(1, len(w), figsize=(4.8 * len(w), 0.34 * units + 1.1))
     to_words = None
     for layer, ax in enumerate(np.atleast_1d(axes)):
         to_words = w[0] if layer == 0 else w[layer] @ to_words
@@ -96,11 +97,8 @@ def document_through_layers(fit, row, vocabulary, draws=50, units=6, words=5):
         y = np.arange(len(best))
         ax.barh(y, mean[best], color=f"C{layer}", alpha=0.6)
         ax.hlines(y, low[best], high[best], color="black", lw=1)
-        for i, unit in enumerate(best):
-            ax.text(0.01, i, ", ".join(labels[unit]), va="center", fontsize=8,
-                    transform=ax.get_yaxis_transform())  # fmt: skip
+        ax.set_yticks(y, [", ".join(labels[unit]) for unit in best], fontsize=7)
         ax.invert_yaxis()
-        ax.set_yticks([])
         ax.set_title(f"layer {layer + 1}", fontsize=10)
         ax.set_xlabel("expected words due to the unit (bars: mean; lines: 90 %)", fontsize=8)
     figure.tight_layout()
