@@ -144,15 +144,15 @@ def run(
     from vi_toolkit.plots import plot_comparisons
 
     recipe = import_recipe(name)
-    data = recipe.load_data()
+    model, guides, data = reference_problem(recipe)
     if not (RECIPES / name / "reference.json").exists():
         fail(f"There is no reference posterior yet. Make it: python -m recipes reference {name}")
     reference = vi.Reference.load(RECIPES / name / "reference.json")
     folder = output / name
     comparisons = {}
-    for label, guide in recipe.GUIDES.items():
+    for label, guide in guides.items():
         typer.echo(f"{name}, {label} guide\n")
-        fit = vi.fit(recipe.model, guide, data, seed=seed)
+        fit = vi.fit(model, guide, data, seed=seed)
         if fit.interrupted:  # `fit` returns what it has then; half a fit is not worth comparing
             typer.echo(f"Interrupted: nothing was written for the {label} guide.", err=True)
             raise typer.Exit(INTERRUPTED)
@@ -173,6 +173,17 @@ In {folder}:
   GUIDE.png           the ELBO and the posterior
   GUIDE.csv           the whole table
   GUIDE.safetensors   the fit itself, for vi.load""")
+
+
+def reference_problem(recipe):
+    """(model, guides, data) whose posterior a recipe's reference.json holds.
+
+    The recipe's own, unless it says otherwise: where the posterior is not identified it exports a
+    function `reference_problem` that returns a part of it, or a smaller one, that is.
+    """
+    if hasattr(recipe, "reference_problem"):
+        return recipe.reference_problem()
+    return recipe.model, recipe.GUIDES, recipe.load_data()
 
 
 @app.command()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vi_toolkit as vi
+from recipes.__main__ import reference_problem
 from vi_toolkit.joint import Joint
 
 ROOT = Path(__file__).parents[2]
@@ -163,5 +164,6 @@ def test_simulate_draws_from_the_model(name):
 def test_reference_is_of_this_model(name):
     recipe = load(name)
     reference = vi.Reference.load(ROOT / "recipes" / name / "reference.json")
-    assert list(reference.names) == Joint(recipe.model, recipe.load_data()).names
+    model, _, data = reference_problem(recipe)
+    assert list(reference.names) == Joint(model, data).names
     assert (reference.sd > 0).all()
