@@ -228,7 +228,8 @@ class Guide(PyroModule):
                 w = TOPIC_SCALE * w.log()
             setattr(self, f"w{layer}_location", torch.nn.Parameter(w))
             if layer or self.spread is None:
-                spread = torch.full_like(w, -2.0 if self.weights == "normal" else 3.0)
+                first_spread = -2.0 if layer and self.weights == "normal" else 3.0
+                spread = torch.full_like(w, first_spread)
                 setattr(self, f"w{layer}_spread", torch.nn.Parameter(spread))
         return self
 
