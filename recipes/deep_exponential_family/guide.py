@@ -12,8 +12,8 @@ number n_k of words due to unit k the conditional of a Gamma factor is conjugate
 
     q(z_1,k | z_2, x) = Gamma(shape_k + n_k, rate shape_k / s_k + e sum_v w_kv)
 
-It keeps the dependence on the layer above. Mean-field factors fitted by gradient settle on few
-units for each document instead, and the topics with them.
+It keeps the dependence on the layer above. Independent factors would have to say how much of each
+unit there is without knowing what the others took.
 
 *Upper layers, and units that are not Gamma*, have independent factors that a small network computes
 from n. Positive ones are held by (mean, shape) on log scales, softly bounded: a sparse Gamma has
