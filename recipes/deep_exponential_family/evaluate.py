@@ -157,7 +157,7 @@ def predictive(fit, data, draws=20, seed=0):
     def probabilities(part):
         here = data | {key: data[key][part] for key in ("documents", "exposure")}
         total = torch.zeros(part.stop - part.start, w.shape[1], device=w.device)
-        # A store of its own: in the caller's may be the parameters of another guide of this class.
+        # A store of its own: the guide registers its parameters, and the caller's stays as it was.
         with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
             torch.manual_seed(seed + part.start)
             for _ in range(draws if len(guide.widths) > 1 or not guide.conjugate else 1):

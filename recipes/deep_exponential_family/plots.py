@@ -78,7 +78,7 @@ def document_through_layers(fit, row, vocabulary, draws=50, units=6, words=5):
     row: of `fit.data`. Returns the figure.
     """
     w = means(fit)
-    # A store of its own: in the caller's may be the parameters of another guide of this class.
+    # A store of its own: the guide registers its parameters, and the caller's stays as it was.
     with torch.no_grad(), pyro.get_param_store().scope():
         one = {
             key: value[row : row + 1] if key in ("documents", "exposure") else value
