@@ -44,7 +44,7 @@ from vi_toolkit.preflight import preflight
 from vi_toolkit.preflight.data import check_arguments, check_data
 from vi_toolkit.scope import borrowed_globals, seeded_state
 from vi_toolkit.stochastic import Stochastic, first_non_finite
-from vi_toolkit.subsampling import PlatePlan
+from vi_toolkit.subsampling import FAILURES, PlatePlan, plan_of_large_plate, plans
 from vi_toolkit.vectorise import Batched
 
 Model = Callable[..., Any]
@@ -164,7 +164,7 @@ def fit(
             enumerate=estimator is not None and "Enum" in type(estimator).__name__,
         )
 
-    result = Fit(model, guide, data, dtype, seed, progress)
+    result = Fit(model, guide, data, dtype, seed, progress, subsample)
     if not result._values:
         raise PreflightError(
             "Neither guide nor model has a parameter, so there is nothing to fit.",
@@ -241,6 +241,7 @@ class Fit:
         dtype: torch.dtype,
         seed: int,
         progress: bool,
+        subsample: Mapping[str, int] | None = None,
     ):
         self.model = model
         self.data = dict(data)
@@ -268,6 +269,7 @@ class Fit:
         self._joint: Joint | None = None
         self._cannot_extend = ""
         self._compile: str | bool = "auto"
+        self._subsample = dict(subsample) if subsample else None
         self._set_up(dtype)
 
     # ---------------------------------------------------------------- set-up
@@ -279,19 +281,72 @@ class Fit:
         self.guide = private_guide(self.model, self._given_guide)
         if isinstance(self.guide, torch.nn.Module):
             self.guide.to(dtype)
-        self._store = ParamStoreDict()
-        self._values = {}
-        with self._room(seeded_state(self.seed)), torch.no_grad():
-            trace = poutine.trace(self.guide).get_trace(**self._data)
-            model_trace = poutine.trace(poutine.replay(self.model, trace=trace)).get_trace(
-                **self._data
-            )
+        self._whole_traces: tuple[Any, Any] | None = None
+        with self._room(seeded_state(self.seed)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first run will show them
+            self._large = plan_of_large_plate(self.model, self._data, self._subsample)
+        try:
+            self._first_traces = self._run_once()
+            if self._large and isinstance(self.guide, AutoGuide) and self._drawn_in(self._large):
+                raise ValueError("an autoguide's own rows start at values of the whole data")
+        except FAILURES:
+            if self._large is None:
+                raise
+            self._large, self.guide = None, private_guide(self.model, self._given_guide)
+            if isinstance(self.guide, torch.nn.Module):
+                self.guide.to(dtype)
+            self._first_traces = self._run_once()
         own = self.guide.parameters() if isinstance(self.guide, torch.nn.Module) else ()
         self._own = {id(p) for p in own}
         self._values = {n: p.detach().clone() for n, p in self._store.named_parameters()}
         self._initial = dict(self._values)
-        self._guide_trace, self._model_trace = trace, model_trace
         self.family = _family_name(self.guide)
+
+    def _run_once(self) -> tuple[Any, Any]:
+        """Traces of guide and model, of one minibatch of a large plate; registers parameters."""
+        self._store = ParamStoreDict()
+        self._values = {}
+        return self._traces(self._large)
+
+    def _traces(self, plan: PlatePlan | None) -> tuple[Any, Any]:
+        data: Mapping[str, Any] = self._data
+        handler: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if plan is not None:
+            data, handler = plan.apply(self._data, torch.arange(plan.batch))
+        with self._room(seeded_state(self.seed)), torch.no_grad(), handler:
+            trace: Any = poutine.trace(self.guide).get_trace(**data)
+            replayed = poutine.replay(self.model, trace=trace)
+            return trace, poutine.trace(replayed).get_trace(**data)
+
+    def _drawn_in(self, plan: PlatePlan) -> bool:
+        sites = latent_sites(self._first_traces[1]).values()
+        return any(f.name == plan.name for site in sites for f in site["cond_indep_stack"])
+
+    def _whole(self) -> tuple[Any, Any]:
+        """The traces on the whole data: of a large plate only where somebody asks for them."""
+        if self._large is None:
+            return self._first_traces
+        if self._whole_traces is None:
+            self._whole_traces = self._traces(None)
+        return self._whole_traces
+
+    @property
+    def _guide_trace(self) -> Any:
+        return self._whole()[0]
+
+    @property
+    def _model_trace(self) -> Any:
+        return self._whole()[1]
+
+    def _shape(self, site: Any) -> tuple[int, ...]:
+        """Of a site's value on the whole data."""
+        shape = list(site["value"].shape)
+        for frame in site["cond_indep_stack"]:
+            if self._large and frame.name == self._large.name and frame.dim is not None:
+                dim = frame.dim - site["fn"].event_dim
+                if len(shape) >= -dim and shape[dim] == self._large.batch:
+                    shape[dim] = self._large.size
+        return tuple(shape)
 
     @contextlib.contextmanager
     def _room(self, rng_state: torch.Tensor | None = None) -> Iterator[None]:
@@ -536,7 +591,7 @@ class Fit:
         subsample: Mapping[str, int] | None,
     ) -> None:
         if estimator is None:
-            sites = self._guide_trace.nodes.items()
+            sites = self._first_traces[0].nodes.items()
             discrete = [name for name, site in sites if not reparameterised(site)]
             estimator = Score(8, LeaveOneOut(), sites=discrete) if discrete else Reparam()
         self._estimator = estimator
@@ -571,6 +626,10 @@ class Fit:
 
     def _plan(self, name: str, batch: int) -> PlatePlan:
         """Find out how the model takes minibatches of a plate."""
+        if self._large is not None and (self._large.name, self._large.batch) == (name, batch):
+            with contextlib.suppress(*FAILURES):  # said below
+                self._check_minibatch_densities(self._large)
+                return self._large
         sizes = {
             frame.name: frame.full_size or frame.size
             for site in self._model_trace.nodes.values()
@@ -592,29 +651,17 @@ class Fit:
             # The guide's own plate would insist on the full size.
             dim = self.guide._prototype_frames[name].dim
             self.guide.create_plates = lambda *a, **k: pyro.plate(name, size, dim=dim)
-        entries = [
-            key
-            for key, value in self._data.items()
-            if torch.is_tensor(value) and value.dim() and value.shape[0] == size
-        ]
-        probe = torch.arange(batch)
         failures = []
-        for cut in (None, entries):
-            plan = PlatePlan(name, size, batch, cut)
-            data, handler = plan.apply(self._data, probe)
+        for plan in plans(self._data, name, size, batch):
             try:
-                with self._room(seeded_state(self.seed)), torch.no_grad(), handler:
-                    with pyro.validation_enabled(True):
-                        trace = poutine.trace(self.guide).get_trace(**data)
-                        model_trace = poutine.trace(
-                            poutine.replay(self.model, trace=trace)
-                        ).get_trace(**data)
-                        model_trace.compute_log_prob()
-                        trace.compute_log_prob()
-                    self._check_subsample(plan, model_trace)
-                self._check_minibatch_densities(plan, probe)
+                with pyro.validation_enabled(True):
+                    trace, model_trace = self._traces(plan)
+                    model_trace.compute_log_prob()
+                    trace.compute_log_prob()
+                plan.check(model_trace)
+                self._check_minibatch_densities(plan)
                 return plan
-            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            except FAILURES as error:
                 failures.append(f"{type(error).__name__}: {error}".split("\n")[0].rstrip("."))
         raise PreflightError(
             f"The plate {name!r} cannot be subsampled. Given indices: {failures[0]}. Given data "
@@ -624,52 +671,44 @@ class Fit:
             "parameters in model and guide.",
         )
 
-    def _check_subsample(self, plan: PlatePlan, trace: Any) -> None:
-        """Every site in the plate must have batch entries, scaled by N/B."""
-        for site in trace.nodes.values():
-            frames = [f for f in site.get("cond_indep_stack", ()) if f.name == plan.name]
-            if site["type"] != "sample" or not frames:
-                continue
-            expected = plan.size / plan.batch
-            if not math.isclose(float(site["scale"]), expected, rel_tol=1e-6):
-                raise ValueError(
-                    f"site {site['name']!r} is scaled by {float(site['scale'])}, not {expected}"
-                )
-            dim = frames[0].dim
-            for shape in (site["fn"].batch_shape, site["log_prob"].shape):
-                if len(shape) < -dim or shape[dim] not in (1, plan.batch):
-                    raise ValueError(f"site {site['name']!r} has batch shape {tuple(shape)}")
-
-    def _check_minibatch_densities(self, plan: PlatePlan, rows: torch.Tensor) -> None:
+    def _check_minibatch_densities(self, plan: PlatePlan) -> None:
         """What a datum adds to the log density must not depend on which others are there."""
+        if self.summed_out():
+            return  # summed out: the next run would draw others
+        rows = torch.arange(plan.batch)
+        more: PlatePlan | None = None  # all rows
+        if self._large is not None:
+            more = plan.with_batch(2 * plan.batch)
 
-        def scored(data: Mapping[str, Any], values: Draws, handler: Any) -> Any:
+        def scored(plan: PlatePlan | None, values: Draws) -> Any:
+            data: Mapping[str, Any] = self._data
+            handler: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if plan is not None:
+                data, handler = plan.apply(self._data, torch.arange(plan.batch))
             conditioned = poutine.condition(self.model, data=values)
             with self._room(seeded_state(self.seed)), torch.no_grad(), handler:
                 trace: Any = poutine.trace(conditioned).get_trace(**data)
                 trace.compute_log_prob()
             return trace
 
+        size = plan.size if more is None else more.batch
+        values = (self._first_traces if more is None else self._traces(more))[1]
         whole: Draws = {}
         part: Draws = {}
         for name in self._latents():
-            site: Any = self._model_trace.nodes[name]
+            site: Any = values.nodes[name]
             whole[name] = part[name] = site["value"]
             for frame in site["cond_indep_stack"]:
                 dim = frame.dim - site["fn"].event_dim if frame.dim is not None else 0
-                if frame.name == plan.name and site["value"].shape[dim] == plan.size:
+                if frame.name == plan.name and site["value"].shape[dim] == size:
                     part[name] = site["value"].index_select(dim, rows)
-        if self.summed_out():
-            return  # summed out: the next run would draw others
-        data, handler = plan.apply(self._data, rows)
-        cut = scored(data, part, handler)
-        full = scored(self._data, whole, contextlib.nullcontext())
+        cut, full = scored(plan, part), scored(more, whole)
         for name, site in cut.nodes.items():
             frames = [f for f in site.get("cond_indep_stack", ()) if f.name == plan.name]
             if site["type"] != "sample" or not frames or frames[0].dim is None:
                 continue
             there = full.nodes[name]["unscaled_log_prob"]
-            if there.dim() < -frames[0].dim or there.shape[frames[0].dim] != plan.size:
+            if there.dim() < -frames[0].dim or there.shape[frames[0].dim] != size:
                 continue
             here, there = site["unscaled_log_prob"], there.index_select(frames[0].dim, rows)
             if not torch.allclose(here, there, rtol=1e-3, atol=1e-3, equal_nan=True):
@@ -773,7 +812,7 @@ class Fit:
             return {n: v.detach().clone() for n, v in pyro.get_param_store().items()}
 
     def __repr__(self) -> str:
-        latents = {n: tuple(s["value"].shape) for n, s in latent_sites(self._model_trace).items()}
+        latents = {n: self._shape(s) for n, s in latent_sites(self._first_traces[1]).items()}
         shown = ", ".join(f"{n}{list(s) if s else ''}" for n, s in list(latents.items())[:8])
         more = f" and {len(latents) - 8} more" if len(latents) > 8 else ""
         guide = self.family or getattr(self.guide, "__name__", type(self.guide).__name__)
@@ -799,8 +838,8 @@ class Fit:
 
     def _chunk(self) -> int:
         size = sum(
-            s["value"].numel()
-            for trace in (self._guide_trace, self._model_trace)
+            math.prod(self._shape(s))
+            for trace in self._first_traces
             for s in trace.nodes.values()
             if s["type"] == "sample" and torch.is_tensor(s["value"])
         )
@@ -830,11 +869,13 @@ class Fit:
 
     def _latents(self) -> list[str]:
         """Latents that the guide draws: all but those that the estimator sums out."""
-        return [n for n in latent_sites(self._model_trace) if n in self._guide_trace.nodes]
+        guide, model = self._first_traces
+        return [n for n in latent_sites(model) if n in guide.nodes]
 
     def summed_out(self) -> list[str]:
         """Latents without draws, because the estimator sums over them (enumeration)."""
-        return [n for n in latent_sites(self._model_trace) if n not in self._guide_trace.nodes]
+        guide, model = self._first_traces
+        return [n for n in latent_sites(model) if n not in guide.nodes]
 
     def _needs_the_guide(self, what: str) -> None:
         if self.summed_out():
@@ -846,8 +887,9 @@ class Fit:
 
     def _needs_whole_plates(self) -> None:
         """A plate with a subsample_size of its own holds other rows on every run."""
-        nodes: Any = self._model_trace.nodes
-        for name, site in nodes.items():
+        for name, site in self._first_traces[1].nodes.items():
+            if self._large is not None and name == self._large.name:
+                continue
             size = site["fn"].size if site_is_subsample(site) else 0
             if size and len(site["value"]) < size:
                 raise ValueError(
@@ -889,7 +931,7 @@ class Fit:
             check_arguments("model", self.model, data)
             inputs = _cast(data, self._dtype)
         self._needs_whole_plates()
-        latent = set(latent_sites(self._model_trace))
+        latent = set(latent_sites(self._first_traces[1]))
 
         def one(draw: Draws) -> Draws:
             conditioned = poutine.condition(poutine.uncondition(self.model), data=draw)
@@ -922,7 +964,7 @@ class Fit:
     def _nothing_observed(self) -> str:
         factors = [
             name
-            for name, site in self._model_trace.nodes.items()
+            for name, site in self._first_traces[1].nodes.items()
             if site["type"] == "sample" and type(site["fn"]).__name__ == "Unit"
         ]
         through = f" Its likelihood is the factor {factors[0]!r}." if factors else ""
@@ -945,7 +987,7 @@ class Fit:
         self._needs_the_guide("The log likelihood")
         self._needs_whole_plates()
         draws = self.sample(n) if draws is None else draws
-        names = list(observed_sites(self._model_trace))
+        names = list(observed_sites(self._first_traces[1]))
         if not names:
             raise ValueError(self._nothing_observed())
 
@@ -963,7 +1005,7 @@ class Fit:
     def _over_draws(
         self, one: Callable[[Draws], Draws], draws: Draws, random: bool, seed: int
     ) -> Draws:
-        names = [n for n in draws if n in latent_sites(self._model_trace)]
+        names = [n for n in draws if n in latent_sites(self._first_traces[1])]
         with self._room(seeded_state(seed)), torch.no_grad():
             cast = _cast(draws, self._dtype)
             batched = Batched(

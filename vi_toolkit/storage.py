@@ -132,7 +132,9 @@ def load(
     data = _unpack(header["data"], tensors)
     user_dtype = getattr(torch, header["given precision"])
     try:
-        fit = Fit(model, guide, data, user_dtype, header["seed"], progress=False)
+        state = _unpack(header["state"], tensors)
+        subsample = (state or {}).get("subsample")
+        fit = Fit(model, guide, data, user_dtype, header["seed"], False, subsample)
         if header["precision"] != header["given precision"]:
             fit._set_up(getattr(torch, header["precision"]))
     except Exception as error:
@@ -148,7 +150,7 @@ def load(
     with fit._room(), torch.no_grad():
         for name, leaf in fit._store.named_parameters():
             leaf.copy_(params[name])
-    _restore(fit, _unpack(header["state"], tensors), estimator, optimizer)
+    _restore(fit, state, estimator, optimizer)
     return fit
 
 

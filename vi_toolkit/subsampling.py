@@ -11,13 +11,20 @@ Two ways of writing a model are served alike:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+
+# A plate of more than so many rows is large: checks and set-up run on a minibatch of it.
+MANY_ROWS = 5_000
+FAILURES = (RuntimeError, ValueError, IndexError, AssertionError)  # of a plan that is not the one
 
 
 class Minibatches:
@@ -140,3 +147,85 @@ class PlatePlan:
         cut = {k: v[indices] if k in self.cut else v for k, v in data.items()}
         rows = {self.name: (indices, self.size)}
         return cut, SubsamplePlates({}, {self.name: self.size / len(indices)}, rows)
+
+    def check(self, trace: Any) -> None:
+        """Raises ValueError unless every site in the plate, in a trace of a minibatch with log
+        densities, has an entry for each of its rows, scaled by N/B."""
+        for name, site in trace.nodes.items():
+            frames = [f for f in site.get("cond_indep_stack", ()) if f.name == self.name]
+            if site["type"] != "sample" or not frames:
+                continue
+            expected = self.size / self.batch
+            if not math.isclose(float(site["scale"]), expected, rel_tol=1e-6):
+                raise ValueError(
+                    f"site {name!r} is scaled by {float(site['scale'])}, not {expected}"
+                )
+            dim = frames[0].dim
+            for shape in (site["fn"].batch_shape, site["log_prob"].shape):
+                if len(shape) < -dim or shape[dim] not in (1, self.batch):
+                    raise ValueError(f"site {name!r} has batch shape {tuple(shape)}")
+
+    def with_batch(self, batch: int) -> PlatePlan:
+        """The same for minibatches of another size."""
+        return PlatePlan(self.name, self.size, batch, self.cut)
+
+
+def plans(data: Mapping[str, Any], name: str, size: int, batch: int) -> Iterator[PlatePlan]:
+    """The two ways in which a model may take minibatches of a plate."""
+    yield PlatePlan(name, size, batch, None)
+    rows = [k for k, v in data.items() if torch.is_tensor(v) and v.dim() and v.shape[0] == size]
+    yield PlatePlan(name, size, batch, rows)
+
+
+class _Entered(Exception):
+    """Ends a run where it enters the plate."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+
+class _UntilEntered(Messenger):
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] == self.name:
+            raise _Entered(int(msg["fn"].size))
+
+
+def plan_of_large_plate(
+    model: Callable[..., Any], data: Mapping[str, Any], subsample: Mapping[str, int] | None
+) -> PlatePlan | None:
+    """How the model takes minibatches of the plate named by `subsample`, if the plate is large.
+
+    The model never runs on all rows for it. None if the plate has at most MANY_ROWS rows or four
+    minibatches, or if the model does not run on a minibatch: whatever is wrong then shows, and is
+    explained, on the whole data.
+    """
+    if not subsample or len(subsample) > 1:
+        return None
+    ((name, batch),) = subsample.items()
+    try:
+        with _UntilEntered(name):
+            model(**data)
+    except _Entered as entered:
+        size = entered.size
+    except Exception:
+        return None
+    else:
+        return None
+    whole = isinstance(batch, int) and not isinstance(batch, bool)
+    if not whole or batch < 1 or size <= max(MANY_ROWS, 4 * batch):
+        return None
+    for plan in plans(data, name, size, batch):
+        rows, handler = plan.apply(data, torch.arange(batch))
+        try:
+            with torch.no_grad(), handler, pyro.validation_enabled(True):
+                trace = poutine.trace(model).get_trace(**rows)
+                trace.compute_log_prob()
+            plan.check(trace)
+        except FAILURES:
+            continue
+        return plan
+    return None

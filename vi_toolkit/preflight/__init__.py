@@ -25,8 +25,11 @@ from vi_toolkit.preflight.causes import cause, density_error
 from vi_toolkit.preflight.data import check_arguments, check_data, tensors
 from vi_toolkit.preflight.runs import Run, model_runs, numerical, passed, run, run_model
 from vi_toolkit.scope import borrowed_globals, seeded_state
+from vi_toolkit.subsampling import plan_of_large_plate
 
 __all__ = ["preflight"]
+
+PART = 4_096  # rows of a large plate that are looked at in one run
 
 
 def preflight(
@@ -41,7 +44,8 @@ def preflight(
 
     Runs the model two to four times and the guide once (more only when something is wrong), with
     Pyro's validation on and in its own parameter store, random state and default dtype, so that
-    nothing of the caller's changes.
+    nothing of the caller's changes. Of a large plate that is subsampled these runs hold one
+    minibatch; then the model alone goes over all rows, some minibatches at a time.
 
     Args:
         model: Pyro model, called as ``model(**data)``. If it carries ``model.LATENTS``, or is the
@@ -86,9 +90,8 @@ def preflight(
             )
     check_data(data)
     data = dict(data)
-    guide = private_guide(model, guide)
     check_arguments("model", model, data)
-    check_arguments("guide", guide, data)
+    check_arguments("guide", private_guide(model, guide), data)
     floats = {v.dtype for _, _, v in tensors(data) if v.is_floating_point() and v.dim()}
     usual = floats & {torch.float32, torch.float64}
     with (
@@ -99,9 +102,43 @@ def preflight(
         poutine.block(),
     ):
         warnings.simplefilter("ignore")  # the fit itself will show them
-        warning = _check_runs(model, guide, data, subsample or {}, reparameterised, enumerate)
+        options = (subsample or {}, reparameterised, enumerate)
+        passed_in_parts, warning = _check_in_parts(model, guide, data, *options)
+        if not passed_in_parts:
+            warning = _check_runs(model, private_guide(model, guide), data, *options)
     if warning:
         warnings.warn(warning, UserWarning, stacklevel=2)
+
+
+def _check_in_parts(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    data: dict[str, Any],
+    subsample: Mapping[str, int],
+    reparameterised: bool | None,
+    enumerated: bool,
+) -> tuple[bool, str | None]:
+    """Whether all is well as far as minibatches of a large plate can tell, and the warning.
+
+    If not, runs on the whole data say what is wrong in terms of its own rows.
+    """
+    plan = plan_of_large_plate(model, data, subsample)
+    if plan is None:
+        return False, None
+    rows, handler = plan.apply(data, torch.arange(plan.batch))
+    try:
+        with handler:
+            own = private_guide(model, guide)
+            warning = _check_runs(model, own, rows, {}, reparameterised, enumerated)
+    except PreflightError:
+        return False, None
+    for part in torch.arange(plan.size).split(max(plan.batch, PART)):
+        rows, handler = plan.with_batch(len(part)).apply(data, part)
+        with handler, torch.no_grad():
+            found = run_model(model, rows)
+        if found.error is not None or found.problems.keys() & found.observed.keys():
+            return False, None
+    return True, warning
 
 
 def _check_runs(
