@@ -1,21 +1,32 @@
-"""Held-out words of the State of the Union, for the variants of the deep exponential family.
+"""Held-out words of four corpora, for the variants of the deep exponential family and for LDA.
 
     python -m benchmarks.held_out_words fit --widths 100 30 15 --seeds 0 1 2
+    python -m benchmarks.held_out_words lda --seeds 0 1 2
     python -m benchmarks.held_out_words table
 
 Protocol: recipes/deep_exponential_family/evaluate.py. `fit` fits one variant from several starts
 and keeps of each the probabilities of the held-out tokens at 50 and at 10 per cent observed, in
-OUTPUT. `table` prints the scores of all that is there: of the fits one by one, and of the average
-of a variant's fits, since each sits in one of the topics' many modes.
+OUTPUT. `lda` does so for latent Dirichlet allocation by collapsed Gibbs sampling (tomotopy, which
+must be there). `table` prints the scores of all that is there: of the fits one by one, and of the
+average of a variant's fits by tens, since each sits in one of the topics' many modes.
+
+Corpora other than the State of the Union are read from $VI_BENCH_DATA: `ap`, `wikipedia` and
+`newsgroups`, the latter with its own test documents.
 """
 
 import argparse
+import os
+import pickle
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.io
+import scipy.sparse
 import torch
+from pyro.distributions import Bernoulli
 
 import vi_toolkit as vi
 from recipes.deep_exponential_family import data, evaluate
@@ -23,26 +34,111 @@ from recipes.deep_exponential_family.guide import Guide
 from recipes.deep_exponential_family.model import variant
 
 SHARES = (0.5, 0.1)
+TOGETHER = 10  # fits that are averaged, where there are so many
 
 
-def corpus():
+def sparse(entries, shape):
+    row, word, count = np.asarray(entries, np.int64).T
+    return scipy.sparse.csr_matrix((count, (row, word)), shape)
+
+
+def ap(folder):
+    with tarfile.open(folder / "ap" / "ap.tgz") as archive:
+        terms = len(archive.extractfile("ap/vocab.txt").read().split())
+        lines = archive.extractfile("ap/ap.dat").read().decode().splitlines()
+    entries = [
+        (row, *map(int, pair.split(":")))
+        for row, line in enumerate(lines)
+        for pair in line.split()[1:]
+    ]
+    return sparse(entries, (len(lines), terms))
+
+
+def wikipedia(folder):
+    lines = iter((folder / "def_wikipedia" / "train.cpp.dat").read_text().splitlines())
+    documents, terms = map(int, next(lines).split())
+    entries = []
+    for row in range(documents):
+        next(lines)  # the document's number and length
+        numbers = list(map(int, next(lines).split()))
+        entries += [(row, *pair) for pair in zip(numbers[::2], numbers[1::2], strict=True)]
+    return sparse(entries, (documents, terms))
+
+
+def newsgroups(folder, part):
+    folder = folder / "etm_20ng"
+    with open(folder / "vocab.pkl", "rb") as file:  # the benchmark's own file
+        terms = len(pickle.load(file))
+    words, counts = (
+        scipy.io.loadmat(folder / f"bow_{part}_{what}.mat")[what].squeeze()
+        for what in ("tokens", "counts")
+    )
+    entries = [
+        (row, *pair)
+        for row, (word, count) in enumerate(zip(words, counts, strict=True))
+        for pair in zip(np.ravel(word), np.ravel(count), strict=True)
+    ]
+    return sparse(entries, (len(words), terms))
+
+
+def corpus(name):
     """Training counts, and (observed, held out) of the test documents per share."""
-    counts = data.state_of_the_union().counts
-    train, test = (counts[data.rows(split, counts.shape[0])] for split in ("train", "test"))
+    if name == "newsgroups":
+        folder = Path(os.environ["VI_BENCH_DATA"])
+        train, halves = newsgroups(folder, "tr"), ("ts_h1", "ts_h2")
+        train = train[np.random.default_rng(0).permutation(train.shape[0])]
+        test = sum(newsgroups(folder, half) for half in halves).tocsr()
+    else:
+        if name == "sotu":
+            counts = data.state_of_the_union().counts
+        else:
+            counts = {"ap": ap, "wikipedia": wikipedia}[name](Path(os.environ["VI_BENCH_DATA"]))
+        train, test = (counts[data.rows(split, counts.shape[0])] for split in ("train", "test"))
+    # Documents without words teach nothing. A word that is in no training document keeps its place
+    # in the vocabulary: the last training document is given one of each.
+    train = train[np.asarray(train.sum(1)).ravel() > 0]
+    unseen = np.flatnonzero(np.asarray(train.sum(0)).ravel() == 0)
+    if len(unseen):
+        extra = sparse([(train.shape[0] - 1, word, 1) for word in unseen], train.shape)
+        train = (train + extra).tocsr()
     return train, {share: evaluate.thin(test, share) for share in SHARES}
+
+
+class StraightThrough(Bernoulli):
+    """Binary draws whose gradient is that of a logistic variable at the temperature 0.5.
+
+    Jang, Gu and Poole, "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017. Biased.
+    """
+
+    has_rsample = True
+
+    def rsample(self, sample_shape=()):
+        noise = torch.rand(self._extended_shape(sample_shape)).logit(1e-6)
+        soft = ((self.logits + noise) / 0.5).sigmoid()
+        return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+
+
+class Relaxed(Guide):
+    def factor(self, a, b):
+        q = super().factor(a, b)
+        return StraightThrough(logits=q.logits) if isinstance(q, Bernoulli) else q
 
 
 def fit_one(given, options, seed):
     """A fit of the options' variant from one start."""
     structure = (tuple(options.widths), options.latent, options.weights)
-    guide = Guide(*structure, factors=options.factors, spread=options.spread or None)
+    kind = Relaxed if options.relaxed else Guide
+    guide = kind(*structure, factors=options.factors, spread=options.spread or None)
     guide.start(**given, seed=seed, passes=options.passes)
-    gamma = options.latent in ("gamma", "normal")
+    reparameterised = options.latent in ("gamma", "normal")
+    estimator = vi.Reparam(analytic_kl=True) if reparameterised else None
+    if options.relaxed:
+        estimator = vi.Reparam(8)
     return vi.fit(
         variant(*structure, options.link),
         guide,
         given,
-        estimator=vi.Reparam(analytic_kl=True) if gamma else None,
+        estimator=estimator,
         optimizer=lambda p: torch.optim.Adam(p, lr=options.rate, betas=(0.9, 0.99)),
         steps=options.steps,
         subsample={"documents": options.batch},
@@ -52,71 +148,141 @@ def fit_one(given, options, seed):
     )
 
 
+def keep(options, name, seed, tests, predicted, seconds, **more):
+    """Write the probabilities of the held-out tokens and print their scores."""
+    kept, scores = {"cpu seconds": seconds, **more}, []
+    for share, (_, held_out) in tests.items():
+        chance = predicted[share]
+        kept[str(share)] = chance.astype(np.float32)
+        scores.append(evaluate.score(evaluate.by_document(held_out, chance))["score"])
+    found = ", ".join(f"{score:.4f} at {share:.0%}" for share, score in zip(tests, scores))
+    print(f"{options.corpus}, {name}, start {seed}: {seconds:.0f} CPU s, {found}", flush=True)
+    folder = options.output / options.corpus
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"{name}--{seed}.npz", **kept)
+
+
 def fit(options):
-    torch.set_num_threads(1)
-    train, tests = corpus()
+    train, tests = corpus(options.corpus)
     given = data.arguments(train)
     name = f"{options.latent}-{'-'.join(map(str, options.widths))}-{options.link}"
     name += f"-{options.factors}-{options.spread}-{options.passes}-{options.steps}"
-    options.output.mkdir(parents=True, exist_ok=True)
+    name += "-relaxed" * options.relaxed
     for seed in options.seeds:
         began = time.process_time()
         fitted = fit_one(given, options, seed)
         seconds = time.process_time() - began
-        kept, scores = {"cpu seconds": seconds, "elbo": np.mean(fitted.elbo[-50:])}, []
+        predicted = {}
         for share, (observed, held_out) in tests.items():
             there = data.arguments(observed, train=train)
             model = evaluate.predictive(fitted, there, draws=options.draws, seed=seed)
-            kept[str(share)] = evaluate.chances(held_out, model).astype(np.float32)
-            scores.append(evaluate.score(evaluate.by_document(held_out, kept[str(share)])))
-        print(
-            f"{name}, start {seed}: {seconds:.0f} CPU seconds, ELBO {kept['elbo']:.0f}, nats per "
-            + ", ".join(
-                f"token at {share:.0%} {found['score']:.4f}"
-                for share, found in zip(tests, scores, strict=True)
-            ),
-            flush=True,
-        )
-        np.savez(options.output / f"{name}--{seed}.npz", **kept)
-        if options.keep:
-            fitted.save(options.output / f"{name}--{seed}.safetensors")
+            predicted[share] = evaluate.chances(held_out, model)
+        keep(options, name, seed, tests, predicted, seconds, elbo=np.mean(fitted.elbo[-50:]))
+
+
+def lda(options):
+    """100 topics, hyper-parameters learned; ten states after 1,000 iterations, 20 apart.
+
+    Test documents get 100 iterations for each state, the topics fixed. Keeps the average of the ten
+    states' probabilities, and those of the last state.
+    """
+    import tomotopy
+
+    train, tests = corpus(options.corpus)
+    tokens = [np.repeat(row.indices, row.data).astype(str).tolist() for row in train]
+    seen = {
+        share: [np.repeat(row.indices, row.data).astype(str).tolist() for row in observed]
+        for share, (observed, _) in tests.items()
+    }
+    for seed in options.seeds:
+        began = time.process_time()
+        model = tomotopy.LDAModel(k=options.widths[0], seed=seed + 1)
+        for words in tokens:
+            model.add_doc(words)
+        model.burn_in = 200
+        model.optim_interval = 10
+        model.train(1000, workers=1)
+        columns = [int(word) for word in model.used_vocabs]
+        total, last = dict.fromkeys(SHARES, 0.0), {}
+        for _ in range(10):
+            model.train(20, workers=1)
+            topics = np.zeros((model.k, train.shape[1]))
+            for k in range(model.k):
+                topics[k, columns] = model.get_topic_word_dist(k)
+            for share, (_, held_out) in tests.items():
+                theta = np.tile(model.alpha / model.alpha.sum(), (held_out.shape[0], 1))
+                there = [i for i, words in enumerate(seen[share]) if words]
+                made = [model.make_doc(seen[share][i]) for i in there]
+                theta[there] = model.infer(made, iter=100, workers=1)[0]
+                chance = evaluate.chances(
+                    held_out,
+                    lambda part, theta=theta, topics=topics: theta[part] @ topics,
+                )
+                total[share] = total[share] + chance / 10
+                last[share] = chance
+        seconds = time.process_time() - began
+        keep(options, f"lda-{model.k}-one-state", seed, tests, last, seconds)
+        keep(options, f"lda-{model.k}-ten-states", seed, tests, total, seconds)
 
 
 def table(options):
-    train, tests = corpus()
-    variants = {}
-    for path in sorted(options.output.glob("*.npz")):
-        variants.setdefault(path.stem.split("--")[0], []).append(np.load(path))
-    for share, (_, held_out) in tests.items():
-        unigram = evaluate.log_predictive(held_out, evaluate.same_for_all(evaluate.unigram(train)))
-        rows = {"unigram": {"fits": 0, "each": evaluate.score(unigram)["score"]}}
-        for name, fits in variants.items():
-            each = [f[str(share)].astype(float) for f in fits]
-            single = [evaluate.score(evaluate.by_document(held_out, e))["score"] for e in each]
-            together = evaluate.by_document(held_out, sum(each) / len(each))
-            found = evaluate.score(together)
-            gain, low, high = evaluate.difference(together, unigram)
-            rows[name] = {
-                "fits": len(fits),
-                "each": np.mean(single),
-                "sd": np.std(single, ddof=1) if len(fits) > 1 else np.nan,
-                "average": found["score"],
-                "se": found["se"],
-                "perplexity": found["perplexity"],
-                "gain over unigram": f"{gain:.3f} ({low:.3f} to {high:.3f})",
-                "CPU s a fit": np.mean([float(f["cpu seconds"]) for f in fits]),
-            }
-        print(f"\n{share:.0%} of the test tokens observed")
-        print(pd.DataFrame(rows).T.to_string(float_format=lambda x: f"{x:.4f}"))
+    for name in sorted(path.name for path in options.output.iterdir()):
+        train, tests = corpus(name)
+        variants = {}
+        for path in sorted((options.output / name).glob("*.npz")):
+            variants.setdefault(path.stem.split("--")[0], []).append(np.load(path))
+        for share, (_, held_out) in tests.items():
+            unigram = evaluate.log_predictive(
+                held_out, evaluate.same_for_all(evaluate.unigram(train))
+            )
+            peer = unigram
+            if found := variants.get("lda-100-ten-states"):
+                # Chains averaged in score, by document: each is a fit of its own.
+                each = [evaluate.by_document(held_out, f[str(share)].astype(float)) for f in found]
+                peer = each[0].assign(
+                    **{"log probability": np.mean([e["log probability"] for e in each], axis=0)}
+                )
+            rows = {"unigram": {"fits": 0, "each": evaluate.score(unigram)["score"]}}
+            for label, fits in variants.items():
+                rows[label] = row(held_out, share, fits, peer)
+            words = int(held_out.sum())
+            print(f"\n{name}, {share:.0%} of the test tokens observed, {words:,} held out")
+            print(pd.DataFrame(rows).T.to_string(float_format=lambda x: f"{x:.4f}"))
+
+
+def row(held_out, share, fits, peer):
+    each = [f[str(share)].astype(float) for f in fits]
+    single = [evaluate.score(evaluate.by_document(held_out, e))["score"] for e in each]
+    groups = [each[i : i + TOGETHER] for i in range(0, len(each), TOGETHER)]
+    groups = [group for group in groups if len(group) == TOGETHER] or [each]
+    together = [evaluate.by_document(held_out, sum(group) / len(group)) for group in groups]
+    scores = [evaluate.score(one)["score"] for one in together]
+    mean = together[0].assign(
+        **{"log probability": np.mean([one["log probability"] for one in together], axis=0)}
+    )
+    gain, low, high = evaluate.difference(mean, peer)
+    return {
+        "fits": len(fits),
+        "each": np.mean(single),
+        "sd": np.std(single, ddof=1) if len(fits) > 1 else np.nan,
+        "averaged by": len(groups[0]),
+        "averages": " ".join(f"{s:.4f}" for s in scores),
+        "mean": np.mean(scores),
+        "perplexity": np.exp(-np.mean(scores)),
+        "over ten states of LDA": f"{gain:+.4f} ({low:+.4f} to {high:+.4f})",
+        "CPU s a fit": np.mean([float(f["cpu seconds"]) for f in fits]),
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["fit", "table"])
+    parser.add_argument("what", choices=["fit", "lda", "table"])
+    parser.add_argument("--corpus", choices=["sotu", "ap", "wikipedia", "newsgroups"])
     parser.add_argument("--widths", type=int, nargs="+", default=(100, 30, 15))
     parser.add_argument("--latent", default="gamma")
     parser.add_argument("--weights", default="gamma")
     parser.add_argument("--link", default="inverse")
+    parser.add_argument("--relaxed", action="store_true", help="binary draws, straight through")
     parser.add_argument("--factors", default="gamma", help="of the units above the lowest layer")
     parser.add_argument("--spread", type=float, default=0.1, help="of topics; 0 to fit it")
     parser.add_argument("--passes", type=int, default=15, help="over the documents at the start")
@@ -125,10 +291,11 @@ def main():
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--keep", action="store_true", help="write the fits, too")
     parser.add_argument("--output", type=Path, default=Path("runs/held_out_words"))
+    parser.set_defaults(corpus="sotu")
     options = parser.parse_args()
-    {"fit": fit, "table": table}[options.what](options)
+    torch.set_num_threads(1)
+    {"fit": fit, "lda": lda, "table": table}[options.what](options)
 
 
 if __name__ == "__main__":

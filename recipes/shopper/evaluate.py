@@ -143,14 +143,20 @@ def mean_and_error(
 
 
 def complements(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much two items ask for each other: posterior mean and sd, (items, items) each.
+    """How much two items ask for each other: mean and sd over draws, (items, items)
+    each.
 
     (interaction_c . attributes_d + interaction_d . attributes_c) / 2, the complementarity of Ruiz,
     Athey and Blei, 2020. In nats: what having one of them, alone, adds to the other's utility.
     """
     scores = draws["interaction"] @ draws["attributes"].transpose(1, 2)
     scores = (scores + scores.transpose(1, 2)) / 2
-    return scores.mean(0), scores.std(0)
+    return scores.mean(0), _spread(scores)
+
+
+def _spread(draws: torch.Tensor) -> torch.Tensor:
+    """Sd over draws; of a single one, a point estimate's, zero."""
+    return draws.std(0) if len(draws) > 1 else torch.zeros_like(draws[0])
 
 
 def exchangeability(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +189,7 @@ def exchangeability(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         divergence = expected_own - expected_other - log_norm + log_norm.T
         each.append((divergence + divergence.T) / 2)
     stacked = torch.stack(each)
-    return stacked.mean(0), stacked.std(0) if len(each) > 1 else torch.zeros_like(stacked[0])
+    return stacked.mean(0), _spread(stacked)
 
 
 def price_moves(

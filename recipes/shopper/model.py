@@ -219,8 +219,8 @@ def choice_log_prob(psi, mean, interaction, trip, target, out_row, out_item):
     interaction: (items, size). trip, target: (choices,). out_row, out_item: pairs of a choice and
     an item that it cannot be, the rows ascending.
 
-    A matrix of utilities that does not fit into the processor's cache is never written down: it is
-    made again, some rows at a time, for the gradient. That is three times as fast.
+    A matrix of utilities that does not fit into the processor's cache is never written down: what
+    the gradient needs of some of its rows is taken while they are there.
     """
     if mean is None:
         mean, interaction = psi.new_zeros(len(trip), 0), psi.new_zeros(psi.shape[1], 0)
@@ -232,44 +232,50 @@ def choice_log_prob(psi, mean, interaction, trip, target, out_row, out_item):
 
 
 class _Choices(torch.autograd.Function):
+    """The log probabilities and, at once, the gradient of their sum: softmax minus choice, by rows,
+    goes back into psi, mean and interaction. Choices of unequal weight go through it again."""
+
     @staticmethod
-    def _blocks(psi, mean, interaction, trip, out_row, out_item):
+    def _gradient(psi, mean, interaction, trip, target, out_row, out_item, weight=None):
         rows = max(1, CACHED // (2 * psi.shape[1]))
         edges = torch.arange(0, len(trip) + rows, rows, device=trip.device)
         pairs = torch.searchsorted(out_row, edges).tolist()
+        chosen = psi.new_empty(len(trip))
+        of_psi, of_mean = torch.zeros_like(psi), torch.empty_like(mean)
+        of_interaction = torch.zeros_like(interaction)
         for k, begin in enumerate(edges[:-1].tolist()):
             block = slice(begin, min(begin + rows, len(trip)))
-            utility = torch.addmm(psi[trip[block]], mean[block], interaction.T)
+            utility = psi[trip[block]].addmm_(mean[block], interaction.T)
             out = slice(pairs[k], pairs[k + 1])
             utility[out_row[out] - begin, out_item[out]] = -torch.inf
-            yield block, utility
-
-    @staticmethod
-    def forward(ctx, psi, mean, interaction, trip, target, out_row, out_item):
-        chosen, norm = psi.new_empty(len(trip)), psi.new_empty(len(trip))
-        blocks = _Choices._blocks(psi, mean, interaction, trip, out_row, out_item)
-        for block, utility in blocks:
             picked = utility.gather(1, target[block, None])[:, 0]
             top = utility.amax(1)
-            norm[block] = utility.sub_(top[:, None]).exp_().sum(1).log_() + top
-            chosen[block] = picked - norm[block]
-        ctx.save_for_backward(psi, mean, interaction, trip, target, out_row, out_item, norm)
+            norm = utility.sub_(top[:, None]).exp_().sum(1)
+            chosen[block] = picked - top - norm.log()
+            share = torch.ones_like(norm) if weight is None else weight[block]
+            slope = utility.mul_((-share / norm)[:, None])
+            slope.scatter_add_(1, target[block, None], share[:, None])
+            of_psi.index_add_(0, trip[block], slope)
+            torch.mm(slope, interaction, out=of_mean[block])
+            of_interaction.addmm_(slope.T, mean[block])
+        return chosen, of_psi, of_mean, of_interaction
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        chosen, *gradients = _Choices._gradient(*inputs)
+        ctx.save_for_backward(*inputs, *gradients)
         return chosen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        psi, mean, interaction, trip, target, out_row, out_item, norm = ctx.saved_tensors
-        of_psi, of_mean = torch.zeros_like(psi), torch.empty_like(mean)
-        of_interaction = torch.zeros_like(interaction)
-        blocks = _Choices._blocks(psi, mean, interaction, trip, out_row, out_item)
-        for block, utility in blocks:
-            slope = utility.sub_(norm[block, None]).exp_().mul_(-grad[block, None])
-            slope.scatter_add_(1, target[block, None], grad[block, None])
-            of_psi.index_add_(0, trip[block], slope)
-            of_mean[block] = slope @ interaction
-            of_interaction.addmm_(slope.T, mean[block])
-        return of_psi, of_mean, of_interaction, None, None, None, None
+        *inputs, of_psi, of_mean, of_interaction = ctx.saved_tensors
+        gradients = of_psi, of_mean, of_interaction
+        if (grad == grad[0]).all():
+            gradients = [gradient * grad[0] for gradient in gradients]
+        else:
+            _, *gradients = _Choices._gradient(*inputs, grad)
+        return *gradients, None, None, None, None
 
 
 class Baskets(dist.TorchDistribution):
