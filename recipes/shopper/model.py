@@ -163,10 +163,10 @@ def baseline(u, household, week, log_price, history, own=None):
     psi = u["intercept"].expand(len(household), -1)
     left, right = [], []
     if "preference" in u:
-        left.append(u["preference"][household])
+        left.append(u["preference"].index_select(0, household))
         right.append(u["attributes"])
     if "season" in u:
-        left.append(u["season"][week])
+        left.append(u["season"].index_select(0, week))
         right.append(u["season_effect"])
     if left:
         psi = torch.addmm(psi, torch.cat(left, -1), torch.cat(right, -1).T)
@@ -174,7 +174,7 @@ def baseline(u, household, week, log_price, history, own=None):
     leave = psi.shape[1] - catalogue
     rest = 0.0
     if "price_sensitivity" in u:
-        slope = u["price_sensitivity"][household] @ u["price_effect"][:catalogue].T
+        slope = u["price_sensitivity"].index_select(0, household) @ u["price_effect"][:catalogue].T
         rest = rest - slope * log_price[week]
     if "habit" in u:
         counts = history[household]
@@ -352,9 +352,9 @@ class Baskets(dist.TorchDistribution):
 
         mean = total = None
         if "interaction" in self.u:
-            sums = self.u["attributes"][bought].cumsum(0)
+            sums = self.u["attributes"].index_select(0, bought).cumsum(0)
             sums = torch.nn.functional.pad(sums, (0, 0, 1, 0))
-            total = sums[begin + place] - sums[begin]
+            total = sums.index_select(0, begin + place) - sums.index_select(0, begin)
             mean = total / place.clamp(min=1)[:, None]
         own = held.nonzero()[:, 0], bought
         if others is not None:
@@ -426,9 +426,9 @@ class Baskets(dist.TorchDistribution):
         differ = other != bought[row]
         mean = None
         if "interaction" in self.u:
-            attributes = self.u["attributes"][bought]
+            attributes = self.u["attributes"].index_select(0, bought)
             sums = torch.zeros_like(attributes[:1]).expand(len(sizes), -1)
-            total = sums.index_add(0, trip, attributes)[trip] - attributes
+            total = sums.index_add(0, trip, attributes).index_select(0, trip) - attributes
             mean = total / (sizes[trip] - 1).clamp(min=1)[:, None]
         psi = self.psi(trips, (trip, bought))
         chosen = choice_log_prob(

@@ -200,6 +200,27 @@ def test_both_ways_have_the_same_gradient(monkeypatch):
     torch.testing.assert_close(gradient(), plain, rtol=0, atol=1e-10)
 
 
+def test_choices_of_unequal_weight_have_their_gradient(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    psi, mean, interaction = (
+        torch.randn(shape, generator=generator).double() for shape in ((3, 5), (6, 2), (5, 2))
+    )
+    trip, target = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 2, 3, 4, 0])
+    out = torch.tensor([1, 3, 4]), torch.tensor([0, 2, 3])
+
+    def gradients(weight):
+        inputs = [x.clone().requires_grad_() for x in (psi, mean, interaction)]
+        log_prob = module.choice_log_prob(*inputs, trip, target, *out)
+        return torch.autograd.grad(log_prob @ weight, inputs)
+
+    for weight in (torch.full((6,), 2.0), torch.arange(6.0)):
+        plain = gradients(weight.double())
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "CACHED", 20)  # two rows at a time
+            for one, other in zip(gradients(weight.double()), plain, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
 def test_sites_of_the_whole_model():
     data, truth = simulate(0, trips=5, **EVERYTHING)
     assert set(truth) == set(ALL_SITES)
