@@ -4,6 +4,7 @@
     python -m benchmarks.baskets table                              # all that was kept
     python -m benchmarks.baskets ablation                           # on 200 products
     python -m benchmarks.baskets speed
+    python -m benchmarks.baskets whole                              # all purchases in one fit
 
 `fit` without a name fits every configuration. One thread; minutes per fit.
 """
@@ -157,35 +158,33 @@ def speed(batch: int) -> None:
     pyro.enable_validation(False)
     everything, _, _ = load_trips().split()
     types, _, _ = load_trips(items=None, of="types").split()
-    for label, train in (
-        ("1,000 products", everything),
-        (
-            "1,000 products, a quarter of the trips",
-            everything.take(np.arange(0, len(everything), 4)),
-        ),
-        ("2,221 product types", types),
+    quarter = everything.take(np.arange(0, len(everything), 4))
+    given_the_rest = {"rest": True, "checkout": False}
+    for label, train, options in (
+        ("1,000 products, each given the rest", everything, given_the_rest),
+        ("a quarter of the trips", quarter, given_the_rest),
+        ("1,000 products, in random order", everything, {}),
+        ("2,221 product types, each given the rest", types, given_the_rest),
     ):
-        data = train.arguments(terms=TERMS, **LOOSE)
+        data = train.arguments(terms=TERMS, **LOOSE, **options)
         pyro.clear_param_store()
         guide = AutoNormal(model, init_loc_fn=start, init_scale=0.1)
-        estimator, optimizer, seconds = Trace_ELBO(), None, []
-        for rows in torch.randperm(len(train))[: 13 * batch].split(batch):
-            cut = data | {name: data[name][rows] for name in ("household", "week", "baskets")}
+        estimator, optimizer = Trace_ELBO(), None
+        rows = int((train.baskets >= 0).sum()) / len(train) * batch
+        items, checkout = len(train.items), "rest" not in options
+        pairs = [(torch.randn(int(rows) + checkout * batch, 50), torch.randn(items, 50))]
+        pairs.append((torch.randn(batch, 60), torch.randn(items, 60)))  # tastes and seasons
+        pairs.append((torch.randn(batch, 10), torch.randn(items, 10)))  # prices
+        steps, bare = [], []
+        for chosen in torch.randperm(len(train))[: 13 * batch].split(batch):
+            cut = data | {name: data[name][chosen] for name in ("household", "week", "baskets")}
             began = time.process_time()
             estimator.loss_and_grads(model, guide, **cut)
             if optimizer is None:
                 optimizer = torch.optim.Adam(guide.parameters(), lr=0.02)
             optimizer.step()
             optimizer.zero_grad()
-            seconds.append(time.process_time() - began)
-        step = float(np.median(seconds[3:]))
-        purchases = int((train.baskets >= 0).sum()) / len(train) * batch
-        rows, items = int(purchases) + batch, len(train.items) + 1
-        pairs = [(torch.randn(rows, 50), torch.randn(items, 50))]  # contexts and interactions
-        pairs.append((torch.randn(batch, 60), torch.randn(items, 60)))  # tastes and seasons
-        pairs.append((torch.randn(batch, 10), torch.randn(items, 10)))  # prices
-        bare = []
-        for _ in range(10):
+            steps.append(time.process_time() - began)
             began = time.process_time()
             for x, y in pairs:
                 for part in x.split(256):  # forward, and the two products of the gradient
@@ -193,13 +192,34 @@ def speed(batch: int) -> None:
                     product @ y
                     product.T @ part
             bare.append(time.process_time() - began)
+        step, products = float(np.median(steps[3:])), float(np.median(bare[3:]))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
             f"{label}: {len(train):,} trips, {step:.3f} CPU s a step of {batch} trips, "
-            f"{purchases / step:,.0f} purchases/s, {step / np.median(bare):.1f} times the bare "
-            f"products; peak memory so far {peak:.2f} GiB",
+            f"{rows / step:,.0f} purchases/s, {step / products:.1f} times the bare products "
+            f"({products:.3f} s); peak memory so far {peak:.2f} GiB",
             flush=True,
         )
+
+
+def whole(steps: int, batch: int) -> None:
+    """One fit to all purchases of the data, by product type: time and peak memory."""
+    pyro.enable_validation(False)
+    trips = load_trips(items=None, of="types")
+    purchases = int((trips.baskets >= 0).sum())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    began, worked = time.time(), time.process_time()
+    options: dict[str, Any] = {"terms": TERMS, "rest": True, "checkout": False} | LOOSE
+    fit = fit_trips(trips, mean_field, steps, batch, progress=False, **options)
+    seconds, cpu = time.time() - began, time.process_time() - worked
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seen = steps * batch / len(trips) * purchases
+    print(
+        f"{trips}\n{steps} steps of {batch} trips, {seen / purchases:.1f} epochs: {seconds:.0f} s, "
+        f"{cpu:.0f} CPU s, {seen / cpu:,.0f} purchases per CPU second; peak memory {peak:.2f} GiB "
+        f"({before:.2f} GiB once the data were read); ELBO {fit.elbo[:20].mean():.4g} at first, "
+        f"{fit.elbo[-20:].mean():.4g} at the end"
+    )
 
 
 def baselines(train, test) -> dict[str, np.ndarray]:
@@ -313,7 +333,7 @@ def table() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["fit", "table", "ablation", "speed"])
+    parser.add_argument("what", choices=["fit", "table", "ablation", "speed", "whole"])
     parser.add_argument("name", nargs="?")
     parser.add_argument("--split", default="random", choices=["random", "last weeks"])
     parser.add_argument("--seed", type=int, default=0)
@@ -327,6 +347,8 @@ if __name__ == "__main__":
         ablation()
     elif asked.what == "speed":
         speed(asked.batch)
+    elif asked.what == "whole":
+        whole(asked.steps, asked.batch)
     else:
         for one in [asked.name] if asked.name else CONFIGURATIONS:
             run(one, asked.split, asked.seed, asked.steps, asked.batch)

@@ -155,7 +155,9 @@ def keep(options, name, seed, tests, predicted, seconds, **more):
         chance = predicted[share]
         kept[str(share)] = chance.astype(np.float32)
         scores.append(evaluate.score(evaluate.by_document(held_out, chance))["score"])
-    found = ", ".join(f"{score:.4f} at {share:.0%}" for share, score in zip(tests, scores))
+    found = ", ".join(
+        f"{score:.4f} at {share:.0%}" for share, score in zip(tests, scores, strict=True)
+    )
     print(f"{options.corpus}, {name}, start {seed}: {seconds:.0f} CPU s, {found}", flush=True)
     folder = options.output / options.corpus
     folder.mkdir(parents=True, exist_ok=True)
