@@ -143,15 +143,16 @@ def same_for_all(distribution):
 def predictive(fit, data, draws=20, seed=0):
     """What a fitted DEF predicts for documents: a function for :func:`log_predictive`.
 
-    fit: of a :class:`~.guide.Guide`. data: arguments of the model, `documents` holding the observed
-    tokens. The probabilities are E[z_1] E[w_0], normalised, with E[z_1] the mean of the guide's
-    conditional given the layers above, averaged over `draws` of those; the weights stay as fitted.
-    Units that are not Gamma are averaged over draws of z_1 itself.
+    fit: of a :class:`~.guide.Guide`, or such a guide itself as its :meth:`~.guide.Guide.start`
+    leaves it. data: arguments of the model, `documents` holding the observed tokens. They are
+    E[z_1] E[w_0], normalised, with E[z_1] the mean of the guide's conditional given the layers
+    above, averaged over `draws` of those; the weights stay as fitted. Units that are not Gamma are
+    averaged over draws of z_1 itself.
     """
-    guide = fit.guide
+    guide = getattr(fit, "guide", fit)
     with torch.no_grad():
         w = guide.weight(0).mean
-    own = fit.params.get("b0")
+    own = fit.params.get("b0") if guide is not fit else None
 
     @torch.no_grad()
     def probabilities(part):

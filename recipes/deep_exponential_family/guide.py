@@ -38,7 +38,7 @@ from torch.nn.functional import softplus
 from .model import FLOOR, TINY, WIDTHS
 
 SHAPE = 0.05  # of the lowest layer's units, at first
-PSEUDO = 0.05  # words that each topic has of each kind before any document
+PSEUDO = 0.02  # words that each topic has of each kind before any document
 # Adam moves every weight by about its step size, so a network's output by the step size times its
 # width. These keep the first moves of log means and log shapes near 0.1 at the step size of 0.02
 # that suits the weights; without them the first ten steps undo the start.
@@ -112,7 +112,7 @@ def read(row, word, count, w, shape, rate, steps):
 
 
 @torch.no_grad()
-def topics(minibatch, background, units, size, passes=15, batch=512, steps=6):
+def topics(minibatch, background, units, size, passes=15, batch=512, steps=6, shape=SHAPE):
     """Topics of `size` documents by stochastic collapsed variational inference: (w, n).
 
     minibatch: rows -> :func:`entries` of those documents; background: (V,), the mean count of each
@@ -127,7 +127,7 @@ def topics(minibatch, background, units, size, passes=15, batch=512, steps=6):
     """
     total = background[:, None] * size / units  # expected words of each kind in a topic
     held = PSEUDO + total * torch.empty_like(total).expand(-1, units).contiguous().exponential_()
-    shape = held.new_full((units,), SHAPE)
+    shape = held.new_full((units,), shape)
 
     def reading(rows):
         row, word, count = minibatch(rows)
@@ -179,6 +179,7 @@ class Guide(PyroModule):
     factors; None fits one for each weight. reads: steps by which a document is read. hidden: units
     in each of the two hidden layers of the network. known: weights that are given, {"w0": ...,
     ...}, for a model that is conditioned on them; the guide is then for the documents alone.
+    shape: of the lowest layer's units, at first.
     """
 
     def __init__(
@@ -191,13 +192,15 @@ class Guide(PyroModule):
         reads=3,
         hidden=200,
         known=None,
+        shape=SHAPE,
     ):
         super().__init__()
         self.widths, self.latent, self.weights = tuple(widths), latent, weights
         self.factors, self.spread, self.reads, self.known = factors, spread, reads, known
+        self.shape = shape
         self.conjugate = latent == "gamma"  # the lowest layer, given the one above
         first = torch.zeros(self.widths[0])  # log shapes and log means of the lowest layer
-        self.log_shape = torch.nn.Parameter(first + math.log(SHAPE)) if self.conjugate else None
+        self.log_shape = torch.nn.Parameter(first + math.log(shape)) if self.conjugate else None
         self.log_mean = torch.nn.Parameter(first) if self.conjugate and len(widths) == 1 else None
         self.outputs = [2 * units for units in self.widths[self.conjugate :]]
         if self.outputs:
@@ -218,6 +221,7 @@ class Guide(PyroModule):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            options.setdefault("shape", self.shape)
             first = start(documents, exposure, background, self.widths, **options)
         for layer, w in enumerate(first):
             if layer and self.weights == "normal":
@@ -266,7 +270,7 @@ class Guide(PyroModule):
         topics = (self.known["w0"] if self.known else q[0].mean).detach()
         with pyro.plate("documents", len(exposure)) as rows:
             words = entries(documents[rows], topics.dtype)
-            shape = torch.full_like(topics[:, 0], SHAPE)
+            shape = torch.full_like(topics[:, 0], self.shape)
             shape = self.log_shape.exp() if self.conjugate else shape
             size = exposure[rows, None] * topics.sum(1)
 
@@ -276,7 +280,7 @@ class Guide(PyroModule):
 
             n, rate = given(shape if self.log_mean is None else shape / self.log_mean.exp())
             if self.outputs:
-                features = torch.cat([(SHAPE + n).log(), exposure[rows, None].log()], 1)
+                features = torch.cat([(self.shape + n).log(), exposure[rows, None].log()], 1)
                 outputs = OUTPUT_SCALE * self.network(INPUT_SCALE * features)
                 outputs = outputs.split(self.outputs, 1)
             for layer in range(depth, self.conjugate, -1):
