@@ -271,7 +271,7 @@ def lda(options):
                 theta = np.tile(model.alpha / model.alpha.sum(), (held_out.shape[0], 1))
                 there = [i for i, words in enumerate(seen[share]) if words]
                 made = [model.make_doc(seen[share][i]) for i in there]
-                theta[there] = model.infer(made, iter=100, workers=1)[0]
+                theta[there] = model.infer(made, iterations=100, workers=1)[0]
                 chance = evaluate.chances(
                     held_out,
                     lambda part, theta=theta, topics=topics: theta[part] @ topics,
