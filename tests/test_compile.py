@@ -4,6 +4,7 @@ Most comparisons run the traced loop in Python (fixture ``interpreted``): everyt
 code is the same, and no compiler is waited for. A few models go through the C++ compiler as well.
 """
 
+import cProfile
 import gc
 import json
 import os
@@ -999,3 +1000,13 @@ def test_effects_sees_prints_clocks_and_foreign_randomness(capsys):
         torch.distributions.Normal(0.0, 1.0).sample()
         sum(range(3))
     assert not found
+
+
+def test_effects_leave_a_profiler_running():
+    profiler = cProfile.Profile()
+    with profiler:
+        with effects() as found:
+            torch.ones(2).sum()
+        sorted([3, 1, 2])  # the profiler still sees what comes after
+    seen = {str(code) for code, *_ in profiler.getstats()}
+    assert not found and any("sorted" in name for name in seen)

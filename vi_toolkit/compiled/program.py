@@ -395,7 +395,28 @@ def check_folder() -> None:
 
 
 def _build(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], folder: Path) -> None:
-    """Compile into a folder of its own and move it to its place when it is complete."""
+    """Compile into a folder of its own and move it to its place when it is complete.
+
+    Inductor would first compile a small program for each kind of vector instructions that the
+    processor has, to see whether the compiler knows it, which takes a third of the time in an empty
+    cache. It is asked only if the compiler then fails.
+    """
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+    from torch._inductor.exc import CppCompileError
+
+    try:
+        _compile(graph, inputs, folder, {"cpp.vec_isa_ok": True})
+    except CppCompileError:
+        valid_vec_isa_list.cache_clear()
+        _compile(graph, inputs, folder, {})
+
+
+def _compile(
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[torch.Tensor],
+    folder: Path,
+    further: dict[str, Any],
+) -> None:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_aot
     from torch._subclasses import FakeTensorMode
@@ -407,6 +428,7 @@ def _build(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], folder: 
         "fallback_random": True,  # torch's own generator: the same draws as eagerly
         "compile_threads": 1,  # no pool of worker processes for one file
         "aot_inductor.output_path": str(scratch / "step.so"),
+        **further,
     }
     try:
         with tracing(TracingContext(mode)), torch.no_grad():

@@ -68,13 +68,17 @@ def effects() -> Iterator[list[str]]:
             ):
                 found.append(f"{name}.{frame.f_code.co_name}")
 
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
     states = random.getstate(), _numpy_state()
     sys.setprofile(look)
     try:
         yield found
     finally:
-        sys.setprofile(before)
+        if before is None or callable(before):
+            sys.setprofile(before)
+        else:  # cProfile, which is no function
+            sys.setprofile(None)
+            before.enable()
     if random.getstate() != states[0]:
         found.append("random.random")
     if _numpy_state() != states[1]:
