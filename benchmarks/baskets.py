@@ -337,7 +337,7 @@ if __name__ == "__main__":
     parser.add_argument("name", nargs="?")
     parser.add_argument("--split", default="random", choices=["random", "last weeks"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=1000)
     asked = parser.parse_args()
     torch.set_num_threads(1)

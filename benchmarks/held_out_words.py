@@ -124,7 +124,7 @@ class StraightThrough(Bernoulli):
     def rsample(self, sample_shape=()):
         noise = torch.rand(self._extended_shape(sample_shape)).logit(1e-6)
         soft = ((self.logits + noise) / 0.5).sigmoid()
-        return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+        return (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
 
 
 class Relaxed(Guide):

@@ -38,7 +38,7 @@ from torch.nn.functional import softplus
 from .model import FLOOR, TINY, WIDTHS
 
 SHAPE = 0.05  # of the lowest layer's units, at first
-PSEUDO = 0.02  # words that each topic has of each kind before any document
+PSEUDO = 0.02  # words that each topic has of each kind before any document, at the start
 # Adam moves every weight by about its step size, so a network's output by the step size times its
 # width. These keep the first moves of log means and log shapes near 0.1 at the step size of 0.02
 # that suits the weights; without them the first ten steps undo the start.
@@ -112,12 +112,23 @@ def read(row, word, count, w, shape, rate, steps):
 
 
 @torch.no_grad()
-def topics(minibatch, background, units, size, passes=15, batch=512, steps=6, shape=SHAPE):
+def topics(
+    minibatch,
+    background,
+    units,
+    size,
+    passes=15,
+    batch=512,
+    steps=6,
+    shape=SHAPE,
+    pseudo=PSEUDO,
+):
     """Topics of `size` documents by stochastic collapsed variational inference: (w, n).
 
     minibatch: rows -> :func:`entries` of those documents; background: (V,), the mean count of each
-    word in a document; units: how many topics. Returns w (units, V), the mean count of a word in a
-    document by way of each topic, whose sum over topics is near the background; and n (size,
+    word in a document; units: how many topics; steps, shape: of the readings; pseudo: words that
+    each topic has of each kind before any document. Returns w (units, V), the mean count of a word
+    in a document by way of each topic, whose sum over topics is near the background; and n (size,
     units), each document's expected words by topic.
 
     Each minibatch is read, and the words it gives to a topic, scaled up to all documents, replace
@@ -126,7 +137,7 @@ def topics(minibatch, background, units, size, passes=15, batch=512, steps=6, sh
     latent Dirichlet allocation", KDD 2013). Topics begin as the background times noise.
     """
     total = background[:, None] * size / units  # expected words of each kind in a topic
-    held = PSEUDO + total * torch.empty_like(total).expand(-1, units).contiguous().exponential_()
+    held = pseudo + total * torch.empty_like(total).expand(-1, units).contiguous().exponential_()
     shape = held.new_full((units,), shape)
 
     def reading(rows):
@@ -140,7 +151,7 @@ def topics(minibatch, background, units, size, passes=15, batch=512, steps=6, sh
             _, g, word, count = reading(rows)
             new = torch.zeros_like(held).index_add_(0, word, g * count[:, None])
             share = min(1.0, len(rows) / size / memory)
-            held = (1 - share) * held + share * (PSEUDO + new * (size / len(rows)))
+            held = (1 - share) * held + share * (pseudo + new * (size / len(rows)))
     n = torch.cat([reading(rows)[0] for rows in torch.arange(size).split(batch)])
     return (held / size).T.contiguous(), n
 

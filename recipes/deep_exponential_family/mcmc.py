@@ -40,7 +40,7 @@ def reference_problem():
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        w0, w1 = start(**given, widths=WIDTHS, passes=30, batch=100)
+        w0, w1 = start(**given, widths=WIDTHS, passes=30, batch=100, pseudo=0.05)
     weights = {"w0": w0, "w1": w1}
     model = poutine.condition(variant(WIDTHS, learn=False, shape=SHAPE), data=weights)
     guides = {

@@ -45,7 +45,7 @@ def any_terms(**arguments: Any) -> Any:
 def fit_trips(
     train: Trips,
     guide: Any = mean_field,
-    steps: int = 800,
+    steps: int = 1500,
     batch: int = 1000,
     rate: float = 0.02,
     seed: int = 0,
@@ -54,6 +54,8 @@ def fit_trips(
 ) -> vi.Fit:
     """A fit of the model to these trips by so many minibatches of so many trips.
 
+    steps: a mean-field fit to 63,000 trips predicts better with 1,500 than with 500. A point
+    estimate of the same terms predicts best with 500 or so and then learns its trips by heart.
     options: of the model, see :func:`recipes.shopper.model`.
 
     >>> from recipes.shopper import LARGEST_STORE, load_trips
