@@ -294,22 +294,23 @@ def table(options):
             unigram = evaluate.log_predictive(
                 held_out, evaluate.same_for_all(evaluate.unigram(train))
             )
-            peer = unigram
+            peer, beside = unigram, "over single words"
             if found := variants.get("lda-100-ten-states"):
                 # Chains averaged in score, by document: each is a fit of its own.
+                beside = "over ten states of LDA"
                 each = [evaluate.by_document(held_out, f[str(share)].astype(float)) for f in found]
                 peer = each[0].assign(
                     **{"log probability": np.mean([e["log probability"] for e in each], axis=0)}
                 )
             rows = {"unigram": {"fits": 0, "each": evaluate.score(unigram)["score"]}}
             for label, fits in variants.items():
-                rows[label] = row(held_out, share, fits, peer)
+                rows[label] = row(held_out, share, fits, peer, beside)
             words = int(held_out.sum())
             print(f"\n{name}, {share:.0%} of the test tokens observed, {words:,} held out")
             print(pd.DataFrame(rows).T.to_string(float_format=lambda x: f"{x:.4f}"))
 
 
-def row(held_out, share, fits, peer):
+def row(held_out, share, fits, peer, beside):
     each = [f[str(share)].astype(float) for f in fits]
     single = [evaluate.score(evaluate.by_document(held_out, e))["score"] for e in each]
     groups = [each[i : i + TOGETHER] for i in range(0, len(each), TOGETHER)]
@@ -328,7 +329,7 @@ def row(held_out, share, fits, peer):
         "averages": " ".join(f"{s:.4f}" for s in scores),
         "mean": np.mean(scores),
         "perplexity": np.exp(-np.mean(scores)),
-        "over ten states of LDA": f"{gain:+.4f} ({low:+.4f} to {high:+.4f})",
+        beside: f"{gain:+.4f} ({low:+.4f} to {high:+.4f})",
         "CPU s a fit": np.mean([float(f["cpu seconds"]) for f in fits]),
     }
 

@@ -215,13 +215,15 @@ class Guide(PyroModule):
         self.log_mean = torch.nn.Parameter(first) if self.conjugate and len(widths) == 1 else None
         self.outputs = [2 * units for units in self.widths[self.conjugate :]]
         if self.outputs:
-            self.network = torch.nn.Sequential(
-                torch.nn.Linear(self.widths[0] + 1, hidden),
-                torch.nn.ReLU(),
-                torch.nn.Linear(hidden, hidden),
-                torch.nn.ReLU(),
-                torch.nn.Linear(hidden, sum(self.outputs)),
-            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # or no two processes would have the same fit
+                self.network = torch.nn.Sequential(
+                    torch.nn.Linear(self.widths[0] + 1, hidden),
+                    torch.nn.ReLU(),
+                    torch.nn.Linear(hidden, hidden),
+                    torch.nn.ReLU(),
+                    torch.nn.Linear(hidden, sum(self.outputs)),
+                )
             torch.nn.init.zeros_(self.network[-1].weight)  # at first every document is alike
             torch.nn.init.zeros_(self.network[-1].bias)
 

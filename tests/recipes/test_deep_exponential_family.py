@@ -575,3 +575,11 @@ def test_factors_given_the_weights_against_nuts():
 
 def test_background_is_the_mean_count():
     assert background(matrix([3, 0], [1, 1])).tolist() == [2.5, 1.0]
+
+
+def test_guides_begin_alike_whatever_was_drawn_before():
+    one = Guide((6, 3))
+    torch.rand(3)
+    two = Guide((6, 3))
+    for name, value in one.named_parameters():
+        assert torch.equal(value, dict(two.named_parameters())[name]), name
