@@ -97,8 +97,8 @@ def eager_pyro(train, observed, held_out, budget):
 
     def factor(name, shape, start):
         log_mean = pyro.param(f"{name}_log_mean", start + 0.1 * torch.randn(shape))
-        alpha = pyro.param(f"{name}_alpha", torch.ones(shape), constraint=constraints.positive)
-        return alpha, log_mean
+        within = constraints.interval(0.1, 100.0)  # sparser, and draws underflow to nan
+        return pyro.param(f"{name}_alpha", torch.ones(shape), constraint=within), log_mean
 
     def guide(counts, w=None):
         if w is None:
@@ -112,7 +112,7 @@ def eager_pyro(train, observed, held_out, budget):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     pyro.enable_validation(False)
-    optimizer = pyro.optim.Adam({"lr": 0.05})
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.02})
     svi = pyro.infer.SVI(model, guide, optimizer, pyro.infer.Trace_ELBO())
     steps, began = 0, time.process_time()
     while time.process_time() - began < budget:
