@@ -269,7 +269,7 @@ class Guide(PyroModule):
         if self.latent == "bernoulli":
             return dist.Bernoulli(logits=a - 2.0)
         if self.latent == "poisson":
-            return dist.Poisson(softplus(a - 2.0))
+            return dist.Poisson(softplus(a - 2.0) + FLOOR)  # at a rate of zero the score is nan
         return dist.Normal(a, softplus(b))
 
     def forward(self, documents=None, exposure=None, background=None):
