@@ -239,7 +239,9 @@ def collapsed(options):
 
 
 def lda(options):
-    """100 topics, hyper-parameters learned; ten states after 1,000 iterations, 20 apart.
+    """100 topics, the parameters of their shares learned.
+
+    Ten states after 1,000 iterations, 20 apart.
 
     Test documents are read by collapsed variational inference, as ours are, given a state's topics
     and learned Dirichlet parameters: that scores better than sampling each document's topics.
@@ -337,7 +339,9 @@ def row(held_out, share, fits, peer, beside):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["collapsed", "fit", "lda", "table"])
-    parser.add_argument("--corpus", choices=["sotu", "ap", "wikipedia", "newsgroups"])
+    parser.add_argument(
+        "--corpus", choices=["sotu", "ap", "wikipedia", "newsgroups"], default="sotu"
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=(100, 30, 15))
     parser.add_argument("--latent", default="gamma")
     parser.add_argument("--weights", default="gamma")
@@ -352,7 +356,6 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--output", type=Path, default=Path("runs/held_out_words"))
-    parser.set_defaults(corpus="sotu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     {"collapsed": collapsed, "fit": fit, "lda": lda, "table": table}[options.what](options)

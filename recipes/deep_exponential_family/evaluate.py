@@ -144,10 +144,10 @@ def predictive(fit, data, draws=20, seed=0):
     """What a fitted DEF predicts for documents: a function for :func:`log_predictive`.
 
     fit: of a :class:`~.guide.Guide`, or such a guide itself as its :meth:`~.guide.Guide.start`
-    leaves it. data: arguments of the model, `documents` holding the observed tokens. They are
-    E[z_1] E[w_0], normalised, with E[z_1] the mean of the guide's conditional given the layers
-    above, averaged over `draws` of those; the weights stay as fitted. Units that are not Gamma are
-    averaged over draws of z_1 itself.
+    leaves it. data: arguments of the model, `documents` holding the observed tokens. The
+    probabilities are E[z_1] E[w_0], normalised, with E[z_1] the mean of the guide's conditional
+    given the layers above, averaged over `draws` of those; the weights stay as fitted. Units that
+    are not Gamma are averaged over draws of z_1 itself.
     """
     guide = getattr(fit, "guide", fit)
     with torch.no_grad():

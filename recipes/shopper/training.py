@@ -55,7 +55,7 @@ def fit_trips(
     """A fit of the model to these trips by so many minibatches of so many trips.
 
     steps: a mean-field fit to 63,000 trips predicts better with 1,500 than with 500. A point
-    estimate of the same terms predicts best with 500 or so and then learns its trips by heart.
+    estimate of the same likelihood predicts worse with 1,500: it learns its trips by heart.
     options: of the model, see :func:`recipes.shopper.model`.
 
     >>> from recipes.shopper import LARGEST_STORE, load_trips

@@ -25,7 +25,7 @@ from vi_toolkit.preflight.causes import cause, density_error
 from vi_toolkit.preflight.data import check_arguments, check_data, tensors
 from vi_toolkit.preflight.runs import Run, model_runs, numerical, passed, run, run_model
 from vi_toolkit.scope import borrowed_globals, seeded_state
-from vi_toolkit.subsampling import plan_of_large_plate
+from vi_toolkit.subsampling import PlatePlan, plan_of_large_plate
 
 __all__ = ["preflight"]
 
@@ -90,8 +90,9 @@ def preflight(
             )
     check_data(data)
     data = dict(data)
+    own = private_guide(model, guide)
     check_arguments("model", model, data)
-    check_arguments("guide", private_guide(model, guide), data)
+    check_arguments("guide", own, data)
     floats = {v.dtype for _, _, v in tensors(data) if v.is_floating_point() and v.dim()}
     usual = floats & {torch.float32, torch.float64}
     with (
@@ -102,10 +103,12 @@ def preflight(
         poutine.block(),
     ):
         warnings.simplefilter("ignore")  # the fit itself will show them
-        options = (subsample or {}, reparameterised, enumerate)
-        passed_in_parts, warning = _check_in_parts(model, guide, data, *options)
-        if not passed_in_parts:
-            warning = _check_runs(model, private_guide(model, guide), data, *options)
+        well, warning = False, None
+        if plan := plan_of_large_plate(model, data, subsample):
+            another = private_guide(model, guide)
+            well, warning = _check_in_parts(model, another, data, plan, reparameterised, enumerate)
+        if not well:
+            warning = _check_runs(model, own, data, subsample or {}, reparameterised, enumerate)
     if warning:
         warnings.warn(warning, UserWarning, stacklevel=2)
 
@@ -114,22 +117,17 @@ def _check_in_parts(
     model: Callable[..., Any],
     guide: Callable[..., Any],
     data: dict[str, Any],
-    subsample: Mapping[str, int],
-    reparameterised: bool | None,
-    enumerated: bool,
+    plan: PlatePlan,
+    *options: Any,
 ) -> tuple[bool, str | None]:
     """Whether all is well as far as minibatches of a large plate can tell, and the warning.
 
     If not, runs on the whole data say what is wrong in terms of its own rows.
     """
-    plan = plan_of_large_plate(model, data, subsample)
-    if plan is None:
-        return False, None
     rows, handler = plan.apply(data, torch.arange(plan.batch))
     try:
         with handler:
-            own = private_guide(model, guide)
-            warning = _check_runs(model, own, rows, {}, reparameterised, enumerated)
+            warning = _check_runs(model, guide, rows, {}, *options)
     except PreflightError:
         return False, None
     for part in torch.arange(plan.size).split(max(plan.batch, PART)):
