@@ -130,8 +130,8 @@ class StraightThrough(Bernoulli):
 
 
 class Relaxed(Guide):
-    def factor(self, a, b):
-        q = super().factor(a, b)
+    def factor(self, a, b, mean):
+        q = super().factor(a, b, mean)
         return StraightThrough(logits=q.logits) if isinstance(q, Bernoulli) else q
 
 

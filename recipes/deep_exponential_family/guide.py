@@ -17,7 +17,10 @@ unit there is without knowing what the others took.
 
 *Upper layers, and units that are not Gamma*, have independent factors that a small network computes
 from n. Positive ones are held by (mean, shape) on log scales, softly bounded: a sparse Gamma has
-most of its draws at numbers that underflow, and its shape and rate are strongly dependent.
+most of its draws at numbers that underflow, and its shape and rate are strongly dependent. Units
+of the lowest layer that are not Gamma start at the mean that a Gamma unit would have, (shape + n) /
+(shape / prior mean + e sum_v w_kv), which the network corrects. Were all documents alike at first,
+the score function's gradient would hardly find a difference between them.
 
 *Topics* have lognormal factors of one fixed, small width: all but points. With a width of its own
 for each, a rare word of a topic gets a wide factor whose draws swamp the gradient.
@@ -35,7 +38,7 @@ from pyro.nn import PyroModule
 from torch.distributions import kl
 from torch.nn.functional import softplus
 
-from .model import FLOOR, TINY, WIDTHS
+from .model import FLOOR, MEAN, OWN, TINY, WIDTHS
 
 SHAPE = 0.05  # of the lowest layer's units, at first
 PSEUDO = 0.02  # words that each topic has of each kind before any document, at the start
@@ -242,6 +245,8 @@ class Guide(PyroModule):
             elif layer:
                 w = w.log()
             else:
+                if not self.conjugate:  # the rest is each word's own
+                    w = w * (1 - OWN) / MEAN[self.latent]
                 w = TOPIC_SCALE * w.log()
             setattr(self, f"w{layer}_location", torch.nn.Parameter(w))
             if layer or self.spread is None:
@@ -262,15 +267,21 @@ class Guide(PyroModule):
             return dist.Normal(location, softplus(spread))
         return positive("lognormal", location, spread)
 
-    def factor(self, a, b):
-        """q(z | document) of units that are not conjugate, from the network's outputs a and b."""
+    def factor(self, a, b, mean):
+        """q(z | document) of units that are not conjugate, (B, K).
+
+        a, b: (B, K), the network's outputs, zero at first. mean: (B, K) or (), of the units that
+        are not Gamma where a is zero; what the words see of them if they are Gaussian.
+        """
         if self.latent == "gamma":
             return positive(self.factors, a, b)
         if self.latent == "bernoulli":
-            return dist.Bernoulli(logits=a - 2.0)
+            return dist.Bernoulli(logits=a + mean.clamp(0.01, 0.99).logit())
         if self.latent == "poisson":
-            return dist.Poisson(softplus(a - 2.0) + FLOOR)  # at a rate of zero the score is nan
-        return dist.Normal(a, softplus(b))
+            rate = (25 * torch.tanh((mean.log() + a) / 25)).exp()
+            return dist.Poisson(rate + FLOOR)  # at a rate of zero the score is nan
+        mean = mean.clamp(min=0.1)
+        return dist.Normal(a + mean + (-(-mean).expm1()).log(), softplus(b))  # softplus inverted
 
     def forward(self, documents=None, exposure=None, background=None):
         depth, w = len(self.widths), self.known
@@ -285,20 +296,23 @@ class Guide(PyroModule):
             words = entries(documents[rows], topics.dtype)
             shape = torch.full_like(topics[:, 0], self.shape)
             shape = self.log_shape.exp() if self.conjugate else shape
+            prior_mean = torch.full_like(shape, MEAN[self.latent])
+            prior_mean = prior_mean if self.log_mean is None else self.log_mean.exp()
             size = exposure[rows, None] * topics.sum(1)
 
             def given(rate):
                 rate, w = rate + size, topics.T.contiguous()
                 return read(*words, w, shape.detach(), rate.detach(), self.reads)[0], rate
 
-            n, rate = given(shape if self.log_mean is None else shape / self.log_mean.exp())
+            n, rate = given(shape / prior_mean)
             if self.outputs:
                 features = torch.cat([(self.shape + n).log(), exposure[rows, None].log()], 1)
                 outputs = OUTPUT_SCALE * self.network(INPUT_SCALE * features)
                 outputs = outputs.split(self.outputs, 1)
             for layer in range(depth, self.conjugate, -1):
                 a, b = outputs[layer - 1 - self.conjugate].chunk(2, 1)
-                z = pyro.sample(f"z{layer}", self.factor(a, b).to_event(1))
+                mean = (shape + n) / rate if layer == 1 else prior_mean[0]
+                z = pyro.sample(f"z{layer}", self.factor(a, b, mean).to_event(1))
             if self.conjugate:
                 if depth > 1:
                     n, rate = given(shape / (z @ w["w1"] + FLOOR))

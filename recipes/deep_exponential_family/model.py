@@ -20,6 +20,7 @@ FAMILIES = (  # latent, weights, link
     ("normal", "normal", "identity"),
 )
 MEAN = {"gamma": 1.0, "bernoulli": 0.1, "poisson": 0.1, "normal": 0.8}  # of what the words see
+OWN = 0.1  # share of the background that is a word's own rate, where it has one, at the start
 FLOOR = 1e-6  # least mean of a Gamma unit, as in the authors' code: with all units above near zero,
 # 1 / mean and its gradient would overflow single precision
 TINY = 1e-30  # the least rate of a word: keeps its logarithm finite where factors underflow
@@ -107,7 +108,7 @@ def model(
                 prior = prior_given(s, latent, link, parameter, f"b{layer}")
             z = pyro.sample(f"z{layer}", prior.expand([len(rows), units]).to_event(1))
         z = softplus(z) if latent == "normal" else z
-        own = None if latent == "gamma" else parameter("b0", terms, background / 2)
+        own = None if latent == "gamma" else parameter("b0", terms, OWN * background)
         length = None if documents is None else documents.shape[1]
         words = Words(z * exposure[rows, None], w[0], own, exposure[rows], length)
         return pyro.sample("x", words, obs=None if documents is None else documents[rows])

@@ -171,20 +171,78 @@ def baseline(u, household, week, log_price, history, own=None):
     if left:
         psi = torch.addmm(psi, torch.cat(left, -1), torch.cat(right, -1).T)
     catalogue = log_price.shape[1]
-    leave = psi.shape[1] - catalogue
+    prices = habits = (None, None, None, None)
+    if "price_sensitivity" in u:
+        sensitivity = u["price_sensitivity"].index_select(0, household)
+        prices = sensitivity, u["price_effect"][:catalogue], log_price, week
+    if "habit" in u:
+        counts = history.index_select(0, household)
+        if own is not None:
+            counts[own] = (counts[own] - 1).clamp_(min=0)
+        loyalty = u["loyalty"].index_select(0, household)
+        habits = u["habit"][:catalogue], loyalty, u["habit_rate"][:catalogue], counts
+    if left and psi.numel() > CACHED:
+        return _PricesAndHabits.apply(psi, *prices, *habits)
     rest = 0.0
     if "price_sensitivity" in u:
-        slope = u["price_sensitivity"].index_select(0, household) @ u["price_effect"][:catalogue].T
-        rest = rest - slope * log_price[week]
+        sensitivity, effect, *_ = prices
+        rest = rest - (sensitivity @ effect.T) * log_price[week]
     if "habit" in u:
-        counts = history[household]
-        if own is not None:
-            counts[own] = (counts[own] - 1).clamp(min=0)
-        weight = u["habit"][:catalogue] + u["loyalty"][household, None]
-        rest = rest + weight * torch.log1p(u["habit_rate"][:catalogue] * counts)
+        habit, loyalty, rate, counts = habits
+        rest = rest + (habit + loyalty[:, None]) * torch.log1p(rate * counts)
     if torch.is_tensor(rest):
-        psi = psi + torch.nn.functional.pad(rest, (0, leave))
+        psi = psi + torch.nn.functional.pad(rest, (0, psi.shape[1] - catalogue))
     return psi
+
+
+class _PricesAndHabits(torch.autograd.Function):
+    """psi, changed in place, - (sensitivity effect') log_price + (habit + loyalty) log(1 + rate
+    counts): some rows at a time, while they are in the processor's cache, and computed again for
+    the gradient rather than kept."""
+
+    @staticmethod
+    def forward(ctx, psi, *terms):
+        sensitivity, effect, log_price, week, habit, loyalty, rate, counts = terms
+        for rows in _cached_rows(psi):
+            if effect is not None:
+                out = psi[rows, : len(effect)]
+                out -= (sensitivity[rows] @ effect.T).mul_(log_price[week[rows]])
+            if habit is not None:
+                past = torch.log1p(counts[rows] * rate)
+                psi[rows, : len(habit)] += past.mul_(habit + loyalty[rows, None])
+        ctx.mark_dirty(psi)
+        ctx.save_for_backward(*terms)
+        return psi
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        terms = ctx.saved_tensors
+        sensitivity, effect, log_price, week, habit, loyalty, rate, counts = terms
+        of_sensitivity, of_effect, of_habit, of_loyalty, of_rate = (
+            None if term is None else torch.zeros_like(term)
+            for term in (sensitivity, effect, habit, loyalty, rate)
+        )
+        for rows in _cached_rows(grad):
+            if effect is not None:
+                slope = log_price[week[rows]].mul_(grad[rows, : len(effect)])
+                of_sensitivity[rows] = -slope @ effect
+                of_effect.addmm_(slope.T, sensitivity[rows], alpha=-1)
+            if habit is not None:
+                here, seen = grad[rows, : len(habit)], counts[rows]
+                more = seen * rate
+                past = more.log1p().mul_(here)
+                of_habit += past.sum(0)
+                of_loyalty[rows] = past.sum(1)
+                slope = seen.mul(here).mul_(habit + loyalty[rows, None]).div_(more.add_(1))
+                of_rate += slope.sum(0)
+        return grad, of_sensitivity, of_effect, None, None, of_habit, of_loyalty, of_rate, None
+
+
+def _cached_rows(matrix):
+    """Slices of the rows of `matrix`, each with a few tens of thousands of entries."""
+    rows = max(1, CACHED // (8 * matrix.shape[1]))
+    return [slice(begin, begin + rows) for begin in range(0, len(matrix), rows)]
 
 
 def best_next(now, attributes, interaction, places, rows_at_once=8):
@@ -243,9 +301,11 @@ class _Choices(torch.autograd.Function):
         chosen = psi.new_empty(len(trip))
         of_psi, of_mean = torch.zeros_like(psi), torch.empty_like(mean)
         of_interaction = torch.zeros_like(interaction)
+        room = psi.new_empty(rows, psi.shape[1])  # memory that is touched for the first time is slow
         for k, begin in enumerate(edges[:-1].tolist()):
             block = slice(begin, min(begin + rows, len(trip)))
-            utility = psi[trip[block]].addmm_(mean[block], interaction.T)
+            utility = torch.index_select(psi, 0, trip[block], out=room[: block.stop - begin])
+            utility.addmm_(mean[block], interaction.T)
             out = slice(pairs[k], pairs[k + 1])
             utility[out_row[out] - begin, out_item[out]] = -torch.inf
             picked = utility.gather(1, target[block, None])[:, 0]
@@ -262,19 +322,18 @@ class _Choices(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        chosen, *gradients = _Choices._gradient(*inputs)
-        ctx.save_for_backward(*inputs, *gradients)
+        chosen, *ctx.gradients = _Choices._gradient(*inputs)
+        ctx.save_for_backward(*inputs)
         return chosen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        *inputs, of_psi, of_mean, of_interaction = ctx.saved_tensors
-        gradients = of_psi, of_mean, of_interaction
-        if (grad == grad[0]).all():
-            gradients = [gradient * grad[0] for gradient in gradients]
+        gradients, ctx.gradients = ctx.gradients, None  # used up
+        if gradients is not None and (grad == grad[0]).all():
+            gradients = [gradient.mul_(grad[0]) for gradient in gradients]
         else:
-            _, *gradients = _Choices._gradient(*inputs, grad)
+            _, *gradients = _Choices._gradient(*ctx.saved_tensors, grad)
         return *gradients, None, None, None, None
 
 

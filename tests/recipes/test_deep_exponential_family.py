@@ -36,7 +36,7 @@ from recipes.deep_exponential_family.evaluate import (
     unigram,
 )
 from recipes.deep_exponential_family.guide import Guide, entries, positive, read, start
-from recipes.deep_exponential_family.model import FAMILIES, FLOOR, VARIANTS, Words, variant
+from recipes.deep_exponential_family.model import FAMILIES, FLOOR, OWN, VARIANTS, Words, variant
 from tests.tolerances import Z
 
 
@@ -438,6 +438,31 @@ def test_fit_finds_the_blocks(block_fit):
     assert again.equals(ours)
 
 
+@pytest.mark.parametrize(("latent", "weights", "link"), FAMILIES[1:])
+def test_the_other_families_find_the_blocks(latent, weights, link):
+    train, _ = block_corpus()
+    given = arguments(train)
+    structure = ((6, 2), latent, weights)  # few words per unit
+    score_function = None if latent == "normal" else vi.Score(8, vi.LeaveOneOut())
+    fit = vi.fit(
+        variant(*structure, link),
+        Guide(*structure, hidden=20).start(**given),
+        given,
+        estimator=score_function,
+        optimizer=0.02,
+        subsample={"documents": 100},
+        steps=300,
+        compile=False,
+        progress=False,
+    )
+    test, rates = block_corpus(200, seed=1)
+    observed, held_out = thin(test, 0.5)
+    ours = log_predictive(held_out, predictive(fit, arguments(observed, train=train)))
+    base = log_predictive(held_out, same_for_all(unigram(train)))
+    truth = log_predictive(held_out, rates / rates.sum(1, keepdims=True))
+    assert difference(ours, base)[1] > 0.5 * difference(truth, base)[0]
+
+
 def test_looking_at_a_fit_leaves_the_callers_parameters_alone(block_fit):
     fit, train = block_fit
     with pyro.get_param_store().scope():
@@ -488,7 +513,7 @@ def test_evidence_is_the_sum_over_states(sigmoid):
     drawn, _, weights, given, _ = sigmoid
     evidence = exact.log_evidence(drawn, given, weights)
     x = dense(given["documents"], 25, torch.float64).numpy()[0]
-    own, w0, w1 = np.full(25, 0.2), weights["w0"].numpy(), weights["w1"].numpy()
+    own, w0, w1 = np.full(25, 0.4 * OWN), weights["w0"].numpy(), weights["w1"].numpy()
     bias = np.log(0.1 / 0.9)
     total = 0.0
     for top in np.ndindex(2, 2, 2):
