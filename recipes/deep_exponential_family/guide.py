@@ -38,6 +38,7 @@ from pyro.nn import PyroModule
 from torch.distributions import kl
 from torch.nn.functional import softplus
 
+from . import differences
 from .model import FLOOR, MEAN, OWN, TINY, WIDTHS
 
 SHAPE = 0.05  # of the lowest layer's units, at first
@@ -276,10 +277,10 @@ class Guide(PyroModule):
         if self.latent == "gamma":
             return positive(self.factors, a, b)
         if self.latent == "bernoulli":
-            return dist.Bernoulli(logits=a + mean.clamp(0.01, 0.99).logit())
+            return differences.Bernoulli(logits=a + mean.clamp(0.01, 0.99).logit())
         if self.latent == "poisson":
             rate = (25 * torch.tanh((mean.log() + a) / 25)).exp()
-            return dist.Poisson(rate + FLOOR)  # at a rate of zero the score is nan
+            return differences.Poisson(rate + FLOOR)  # at a rate of zero the score is nan
         mean = mean.clamp(min=0.1)
         return dist.Normal(a + mean + (-(-mean).expm1()).log(), softplus(b))  # softplus inverted
 

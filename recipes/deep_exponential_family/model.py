@@ -9,6 +9,8 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch.nn.functional import softplus
 
+from .differences import step, with_differences
+
 WIDTHS = (100, 30, 15)  # from the words up
 SHAPE = 0.1  # of w0, and of z at the start. Sparse: half its mass lies below 0.006 of its mean
 WEIGHT_SHAPE = 0.3  # of the weights between layers
@@ -104,13 +106,18 @@ def model(
                 s = parameter("top_mean", units, 1.0) if top else z @ w[layer] + FLOOR
                 prior = gamma(parameter(f"z{layer}_shape", units, shape), s)
             else:
-                s = background.new_zeros(units) if top else z @ w[layer]
-                prior = prior_given(s, latent, link, parameter, f"b{layer}")
-            z = pyro.sample(f"z{layer}", prior.expand([len(rows), units]).to_event(1))
+                conditional = conditional_of(latent, link, units, parameter, f"b{layer}")
+                if top or latent == "normal":
+                    prior = conditional(background.new_zeros(units) if top else z @ w[layer])
+                else:
+                    prior = Below(z, w[layer], conditional, latent == "bernoulli")
+            if not isinstance(prior, Below):
+                prior = prior.expand([len(rows), units]).to_event(1)
+            z = pyro.sample(f"z{layer}", prior)
         z = softplus(z) if latent == "normal" else z
         own = None if latent == "gamma" else parameter("b0", terms, OWN * background)
         length = None if documents is None else documents.shape[1]
-        words = Words(z * exposure[rows, None], w[0], own, exposure[rows], length)
+        words = Words(z, w[0], own, exposure[rows], length, latent)
         return pyro.sample("x", words, obs=None if documents is None else documents[rows])
 
 
@@ -142,34 +149,78 @@ VARIANTS = {
 }
 
 
-def prior_given(s, latent, link, parameter, name):
-    """The conditional of a layer that is not Gamma, given s; at s = 0 its mean starts at MEAN."""
-    units, start = s.shape[-1], torch.tensor(MEAN[latent])
+def conditional_of(latent, link, units, parameter, name):
+    """s -> the conditional of a layer that is not Gamma; at s = 0 its mean starts at MEAN."""
+    start = torch.tensor(MEAN[latent])
     if link == "log":
-        return dist.Poisson(s + parameter(name, units, MEAN[latent]))
+        intercept = parameter(name, units, MEAN[latent])
+        return lambda s: dist.Poisson(s + intercept)
     first = {"logit": start.logit(), "softplus": start.expm1().log(), "identity": 0 * start}[link]
-    s = s + parameter(name, units, first.item(), constraints.real)
+    intercept = parameter(name, units, first.item(), constraints.real)
     if latent == "poisson":
-        return dist.Poisson(softplus(s))
-    return dist.Bernoulli(logits=s) if latent == "bernoulli" else dist.Normal(s, 1.0)
+        return lambda s: dist.Poisson(softplus(s + intercept))
+    if latent == "bernoulli":
+        return lambda s: dist.Bernoulli(logits=s + intercept)
+    return lambda s: dist.Normal(s + intercept, 1.0)
+
+
+class Below(TorchDistribution):
+    """Units below a layer that counts: independent, of the `conditional` given s = z w.
+
+    z: (N, K), of the layer above, by which :mod:`.differences` takes the gradient; w: (K, J).
+    """
+
+    arg_constraints = {"z": constraints.real, "w": constraints.real}  # noqa: RUF012
+    has_rsample = False
+
+    def __init__(self, z, w, conditional, binary, validate_args=None):
+        self.z, self.w, self.conditional, self.binary = z, w, conditional, binary
+        self.base = conditional(z.detach() @ w)
+        super().__init__(z.shape[:-1], w.shape[-1:], validate_args=False)
+
+    @property
+    def support(self):
+        return constraints.independent(self.base.support, 1)
+
+    @property
+    def mean(self):
+        return self.base.mean
+
+    def expand(self, batch_shape, _instance=None):
+        z = self.z.expand(*batch_shape, self.z.shape[-1])
+        return Below(z, self.w, self.conditional, self.binary)
+
+    def log_prob(self, value):
+        def difference():
+            direction = step(self.z, self.binary)
+            s = (self.z @ self.w)[..., None, :] + direction[..., None] * self.w
+            value_ = value.detach()
+            moved = self.conditional(s).log_prob(value_[..., None, :]).sum(-1)
+            return direction * (moved - self.base.log_prob(value_).sum(-1, keepdim=True))
+
+        return with_differences(self.base.log_prob(value).sum(-1), self.z, difference)
+
+    def sample(self, sample_shape=()):
+        return self.base.sample(sample_shape)
 
 
 class Words(TorchDistribution):
     """Independent Poisson counts of every word of the vocabulary, kept as (word, count) pairs.
 
-    rate of word v in document n = (z_n w)_v + exposure_n own_v. Only the counts that are not zero
+    rate of word v in document n = exposure_n ((z_n w)_v + own_v). Only the counts that are not zero
     are kept; the others enter through the sum of the rates, z_n (w 1).
 
-    z: (N, K); w: (K, V); own: (V,) or None; exposure: (N,); length: pairs per document, M. A value
-    is (N, M, 2), filled up with (0, 0).
+    z: (N, K); w: (K, V); own: (V,) or None; exposure: (N,); length: pairs per document, M; latent:
+    of z, whose gradient is one of :mod:`.differences` where z counts. A value is (N, M, 2), filled
+    up with (0, 0).
     """
 
     arg_constraints = {"z": constraints.real, "w": constraints.real}  # noqa: RUF012
     support = constraints.independent(constraints.nonnegative_integer, 2)
     has_rsample = False
 
-    def __init__(self, z, w, own, exposure, length, validate_args=None):
-        self.z, self.w, self.own, self.exposure = z, w, own, exposure
+    def __init__(self, z, w, own, exposure, length, latent="gamma", validate_args=None):
+        self.z, self.w, self.own, self.exposure, self.latent = z, w, own, exposure, latent
         self.length = w.shape[-1] if length is None else length
         super().__init__(z.shape[:-1], (self.length, 2), validate_args=False)
 
@@ -177,19 +228,31 @@ class Words(TorchDistribution):
         row, place = (value[..., 1] > 0).nonzero(as_tuple=True)
         word, count = value[row, place].unbind(1)
         count = count.to(self.z.dtype)
-        rate = (self.z[row] * self.w.T.contiguous()[word]).sum(1)
-        total = self.z @ self.w.sum(1)
+        counting = self.latent in ("bernoulli", "poisson")
+        z = self.z.detach() if counting else self.z
+        of_word = self.w.T.contiguous()[word]
+        rate, total = (z[row] * of_word).sum(1), z @ self.w.sum(1)
         if self.own is not None:
-            rate = rate + self.exposure[row] * self.own[word]
-            total = total + self.exposure * self.own.sum()
-        each = count * rate.clamp(min=TINY).log() - torch.lgamma(count + 1)
-        return torch.zeros_like(total).index_add(0, row, each) - total
+            rate, total = rate + self.own[word], total + self.own.sum()
+        rate = rate.clamp(min=TINY)
+        each = count * (self.exposure[row] * rate).log() - torch.lgamma(count + 1)
+        found = torch.zeros_like(total).index_add(0, row, each) - self.exposure * total
+        if not counting:
+            return found
+
+        def difference():
+            direction = step(z, self.latent == "bernoulli")
+            moved = (direction[row] * of_word / rate[:, None]).clamp_(min=1e-6 - 1).log1p_()
+            moved = torch.zeros_like(z).index_add(0, row, moved.mul_(count[:, None]))
+            return direction * moved - self.exposure[:, None] * self.w.sum(1)
+
+        return with_differences(found, self.z, difference)
 
     @torch.no_grad()
     def sample(self, sample_shape=()):
         rates = self.z @ self.w
         if self.own is not None:
-            rates = rates + self.exposure[:, None] * self.own
-        counts = torch.poisson(rates)
+            rates = rates + self.own
+        counts = torch.poisson(self.exposure[:, None] * rates)
         count, word = counts.topk(self.length, -1)
         return torch.stack([word * (count > 0), count.long()], -1)
