@@ -19,12 +19,15 @@ Corpora other than the State of the Union are read from $VI_BENCH_DATA: `ap`, `w
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import pickle
+import sys
 import tarfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -36,7 +39,7 @@ from pyro.distributions import Bernoulli
 import vi_toolkit as vi
 from recipes.deep_exponential_family import data, evaluate
 from recipes.deep_exponential_family.guide import Guide, entries, read
-from recipes.deep_exponential_family.model import variant
+from recipes.deep_exponential_family.model import Words, variant
 
 SHARES = (0.5, 0.1)
 SHAPES = (0.1, 0.05, 0.03, 0.02, 0.01, 0.005)  # to choose from
@@ -135,28 +138,41 @@ class Relaxed(Guide):
         return StraightThrough(logits=q.logits) if isinstance(q, Bernoulli) else q
 
 
+@contextlib.contextmanager
+def relaxed():
+    """The model with derivatives in its binary units where it has differences."""
+    module = sys.modules[Words.__module__]
+    with (
+        mock.patch.object(module, "Words", lambda *given: Words(*given[:-1])),
+        mock.patch.object(module, "Below", lambda z, w, of, _: of(z @ w).to_event(1)),
+    ):
+        yield
+
+
 def fit_one(given, options, seed):
     """A fit of the options' variant from one start."""
     structure = (tuple(options.widths), options.latent, options.weights)
-    kind = Relaxed if options.relaxed else Guide
+    kind = Relaxed if options.gradient == "relaxed" else Guide
     guide = kind(*structure, factors=options.factors, spread=options.spread or None)
     guide.start(**given, seed=seed, passes=options.passes)
-    reparameterised = options.latent in ("gamma", "normal")
-    estimator = vi.Reparam(analytic_kl=True) if reparameterised else None
-    if options.relaxed:
-        estimator = vi.Reparam(8)
-    return vi.fit(
-        variant(*structure, options.link),
-        guide,
-        given,
-        estimator=estimator,
-        optimizer=lambda p: torch.optim.Adam(p, lr=options.rate, betas=(0.9, 0.99)),
-        steps=options.steps,
-        subsample={"documents": options.batch},
-        compile=False,  # the number of words differs by minibatch
-        seed=seed,
-        progress=False,
-    )
+    estimator = {
+        "reparam": vi.Reparam(analytic_kl=True),  # with differences for units that count
+        "score": vi.Score(8, vi.LeaveOneOut(), sites=[f"z{i + 1}" for i in range(len(structure[0]))]),
+        "relaxed": vi.Reparam(8, analytic_kl=True),
+    }[options.gradient]
+    with relaxed() if options.gradient == "relaxed" else contextlib.nullcontext():
+        return vi.fit(
+            variant(*structure, options.link),
+            guide,
+            given,
+            estimator=estimator,
+            optimizer=lambda p: torch.optim.Adam(p, lr=options.rate, betas=(0.9, 0.99)),
+            steps=options.steps,
+            subsample={"documents": options.batch},
+            compile=False,  # the number of words differs by minibatch
+            seed=seed,
+            progress=False,
+        )
 
 
 def keep(options, name, seed, tests, predicted, seconds, **more):
@@ -180,7 +196,7 @@ def fit(options):
     given = data.arguments(train)
     name = f"{options.latent}-{'-'.join(map(str, options.widths))}-{options.link}"
     name += f"-{options.factors}-{options.spread}-{options.passes}-{options.steps}"
-    name += "-relaxed" * options.relaxed
+    name += "" if options.gradient == "reparam" else f"-{options.gradient}"
     for seed in options.seeds:
         began = time.process_time()
         fitted = fit_one(given, options, seed)
@@ -350,7 +366,7 @@ def main():
     parser.add_argument("--latent", default="gamma")
     parser.add_argument("--weights", default="gamma")
     parser.add_argument("--link", default="inverse")
-    parser.add_argument("--relaxed", action="store_true", help="binary draws, straight through")
+    parser.add_argument("--gradient", choices=["reparam", "score", "relaxed"], default="reparam")
     parser.add_argument("--factors", default="gamma", help="of the units above the lowest layer")
     parser.add_argument("--spread", type=float, default=0.1, help="of topics; 0 to fit it")
     parser.add_argument("--passes", type=int, default=15, help="over the documents at the start")
@@ -358,7 +374,7 @@ def main():
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
-    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path("runs/held_out_words"))
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -105,14 +105,15 @@ def model(
             if latent == "gamma":
                 s = parameter("top_mean", units, 1.0) if top else z @ w[layer] + FLOOR
                 prior = gamma(parameter(f"z{layer}_shape", units, shape), s)
+                prior = prior.expand([len(rows), units]).to_event(1)
             else:
                 conditional = conditional_of(latent, link, units, parameter, f"b{layer}")
-                if top or latent == "normal":
-                    prior = conditional(background.new_zeros(units) if top else z @ w[layer])
+                if top:
+                    prior = conditional(background.new_zeros(len(rows), units)).to_event(1)
+                elif latent == "normal":
+                    prior = conditional(z @ w[layer]).to_event(1)
                 else:
                     prior = Below(z, w[layer], conditional, latent == "bernoulli")
-            if not isinstance(prior, Below):
-                prior = prior.expand([len(rows), units]).to_event(1)
             z = pyro.sample(f"z{layer}", prior)
         z = softplus(z) if latent == "normal" else z
         own = None if latent == "gamma" else parameter("b0", terms, OWN * background)

@@ -12,10 +12,11 @@ import scipy.sparse
 import scipy.special
 import scipy.stats
 import torch
+from torch.nn.functional import softplus
 
 import vi_toolkit as vi
 from recipes import deep_exponential_family
-from recipes.deep_exponential_family import exact, plots, reference_problem
+from recipes.deep_exponential_family import differences, exact, plots, reference_problem
 from recipes.deep_exponential_family.data import (
     arguments,
     background,
@@ -36,7 +37,7 @@ from recipes.deep_exponential_family.evaluate import (
     unigram,
 )
 from recipes.deep_exponential_family.guide import Guide, entries, positive, read, start
-from recipes.deep_exponential_family.model import FAMILIES, FLOOR, OWN, VARIANTS, Words, variant
+from recipes.deep_exponential_family.model import FAMILIES, FLOOR, OWN, VARIANTS, Below, Words, variant
 from tests.tolerances import Z
 
 
@@ -275,6 +276,51 @@ def test_a_gamma_layer_survives_units_that_all_underflow():
     density = poutine.trace(two).get_trace(**given).log_prob_sum()
     (gradient,) = torch.autograd.grad(density, tiny)
     assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("kind", ["bernoulli", "poisson"])
+def test_differences_are_unbiased(kind):
+    # The ELBO of one document and its gradient in the units' means by summing over all states (of
+    # Poisson units, those below 12), against draws: one row of the plate each.
+    torch.manual_seed(0)
+    w1, w0 = torch.randn(2, 3).double(), torch.rand(3, 6).double()
+    own, x = torch.full((6,), 0.1).double(), torch.tensor([[[0, 2], [3, 1], [4, 1]]])
+    binary, bias = kind == "bernoulli", torch.tensor([-0.5, 0.2, 0.0]).double()
+    draws = differences.Bernoulli if binary else differences.Poisson
+
+    def conditional(s):
+        return dist.Bernoulli(logits=s + bias) if binary else dist.Poisson(softplus(s + bias))
+
+    def elbo(z2, z1, mean2, mean1):
+        top = type(conditional(bias))(torch.full((2,), 0.3).double())
+        words = Words(z1, w0, own, torch.ones(len(z1)).double(), 3, kind)
+        p = top.log_prob(z2).sum(-1) + Below(z2, w1, conditional, binary).log_prob(z1)
+        q = draws(mean2).log_prob(z2).sum(-1) + draws(mean1).log_prob(z1).sum(-1)
+        return p + words.log_prob(x.expand(len(z1), -1, -1)) - q, q
+
+    means = torch.tensor([0.6, 0.3]).double(), torch.tensor([0.2, 0.7, 0.4]).double()
+    inputs = [m.clone().requires_grad_() for m in means]
+    # At these rates the states that are left out have a chance below 1e-9.
+    every = torch.cartesian_prod(*[torch.arange(2.0 if binary else 12.0).double()] * 5)
+    value, q = elbo(every[:, :2], every[:, 2:], *inputs)
+    exact = torch.autograd.grad((q.exp() * value).sum(), inputs)
+    rows = 20_000
+    inputs = [m.expand(rows, -1).clone().requires_grad_() for m in means]
+    z2, z1 = (draws(m).rsample() for m in inputs)
+    found = torch.autograd.grad(elbo(z2, z1, *inputs)[0].sum(), inputs)
+    # Beside it the score function, on the same draws and with the best of constant baselines.
+    value, q = elbo(z2.detach(), z1.detach(), *inputs)
+    score = torch.autograd.grad(((value - value.mean()).detach() * q).sum(), inputs)
+    for truth, gradient, other in zip(exact, found, score, strict=True):
+        error = gradient.std(0) / math.sqrt(rows)
+        assert ((gradient.mean(0) - truth).abs() < Z * error).all()
+        assert (gradient.std(0) < other.std(0)).all()
+        assert (error < 0.05 * truth.abs().max()).all()  # or it would say little
+
+
+def test_draws_that_are_not_asked_for_gradients_cost_none():
+    value = torch.ones(3)
+    assert differences.with_differences(value, torch.ones(3, 2), None) is value
 
 
 def test_simulated_documents_have_the_length_asked_for():
