@@ -162,11 +162,12 @@ def speed(batch: int) -> None:
     given_the_rest = {"rest": True, "checkout": False}
     for label, train, options in (
         ("1,000 products, each given the rest", everything, given_the_rest),
+        ("the same without habits", everything, given_the_rest | {"terms": PAPER}),
         ("a quarter of the trips", quarter, given_the_rest),
         ("1,000 products, in random order", everything, {}),
         ("2,221 product types, each given the rest", types, given_the_rest),
     ):
-        data = train.arguments(terms=TERMS, **LOOSE, **options)
+        data = train.arguments(**({"terms": TERMS} | LOOSE | options))
         pyro.clear_param_store()
         guide = AutoNormal(model, init_loc_fn=start, init_scale=0.1)
         estimator, optimizer = Trace_ELBO(), None
