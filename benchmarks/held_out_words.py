@@ -9,10 +9,10 @@ Protocol: recipes/deep_exponential_family/evaluate.py. All keep, for each start,
 of the held-out tokens at 50 and at 10 per cent observed, in OUTPUT. `fit` fits one variant by steps
 along the ELBO's gradient. `collapsed` is one layer of sparse Gamma units as its start leaves it,
 that is by stochastic collapsed variational inference alone; the shape of the units and the steps by
-which a test document is read are chosen on validation documents, for the average of three starts. `lda` is latent Dirichlet
-allocation by collapsed Gibbs sampling (tomotopy, which must be there). `table` prints the scores
-of all that is there: of the fits one by one, and of the average of a variant's fits by tens, since
-each sits in one of the topics' many modes.
+which a test document is read are chosen on validation documents, for the average of three starts.
+`lda` is latent Dirichlet allocation by collapsed Gibbs sampling (tomotopy, which must be there).
+`table` prints the scores of all that is there: of the fits one by one, and of the average of a
+variant's fits by tens, since each sits in one of the topics' many modes.
 
 Corpora other than the State of the Union are read from $VI_BENCH_DATA: `ap`, `wikipedia` and
 `newsgroups`, the latter with its own test documents.
@@ -157,7 +157,9 @@ def fit_one(given, options, seed):
     guide.start(**given, seed=seed, passes=options.passes)
     estimator = {
         "reparam": vi.Reparam(analytic_kl=True),  # with differences for units that count
-        "score": vi.Score(8, vi.LeaveOneOut(), sites=[f"z{i + 1}" for i in range(len(structure[0]))]),
+        "score": vi.Score(
+            8, vi.LeaveOneOut(), sites=[f"z{i + 1}" for i in range(len(structure[0]))]
+        ),
         "relaxed": vi.Reparam(8, analytic_kl=True),
     }[options.gradient]
     with relaxed() if options.gradient == "relaxed" else contextlib.nullcontext():
@@ -238,7 +240,9 @@ def choose_readings(train, options):
             average = evaluate.by_document(held_out, sum(each) / len(each))
             scores[reading] = evaluate.score(average)["score"]
         best[share] = max(scores, key=scores.get)
-        found = ", ".join(f"{shape} {reads}: {score:.4f}" for (shape, reads), score in scores.items())
+        found = ", ".join(
+            f"{shape} {reads}: {score:.4f}" for (shape, reads), score in scores.items()
+        )
         print(f"{options.corpus}, validation at {share:.0%}, shape and reads: {found}", flush=True)
     return best
 

@@ -37,7 +37,15 @@ from recipes.deep_exponential_family.evaluate import (
     unigram,
 )
 from recipes.deep_exponential_family.guide import Guide, entries, positive, read, start
-from recipes.deep_exponential_family.model import FAMILIES, FLOOR, OWN, VARIANTS, Below, Words, variant
+from recipes.deep_exponential_family.model import (
+    FAMILIES,
+    FLOOR,
+    OWN,
+    VARIANTS,
+    Below,
+    Words,
+    variant,
+)
 from tests.tolerances import Z
 
 
