@@ -259,6 +259,20 @@ def test_the_deterministic_method_refuses_what_it_cannot_do():
     with pytest.raises(vi.NotDeterministicError, match="'k' cannot be reparameterised"):
         vi.fit(model, guide, {"y": torch.tensor(1.0)}, method="deterministic", progress=False)
 
+    class StraightThrough(dist.Bernoulli):
+        has_rsample = True
+
+        def rsample(self, sample_shape=()):
+            return self.sample(sample_shape) + (self.probs - self.probs.detach())
+
+    def with_gradient(y):
+        pyro.sample("k", StraightThrough(pyro.param("p", torch.tensor(0.5))))
+
+    with pytest.raises(vi.NotDeterministicError, match="'k' is discrete"):
+        vi.fit(
+            model, with_gradient, {"y": torch.tensor(1.0)}, method="deterministic", progress=False
+        )
+
 
 @pytest.mark.parametrize(
     "bad", [{"method": "exact"}, {"steps": 0}, {"steps": 2.5}, {"restarts": 0}], ids=str

@@ -34,6 +34,7 @@ from vi_toolkit.errors import (
     PreflightError,
 )
 from vi_toolkit.estimators import LeaveOneOut, Reparam, Score
+from vi_toolkit.estimators.particles import is_drawn
 from vi_toolkit.estimators.reparam import reparameterised
 from vi_toolkit.families import FAMILY_OF, set_parameter, write_to_guide
 from vi_toolkit.guides import private_guide
@@ -431,6 +432,8 @@ class Fit:
         for name, site in self._guide_trace.nodes.items():
             if not reparameterised(site):
                 return f"the guide's site {name!r} cannot be reparameterised"
+            if is_drawn(site) and site["fn"].support.is_discrete:  # with a gradient of its own
+                return f"the guide's site {name!r} is discrete"
         traces: tuple[Any, ...] = (self._guide_trace, self._model_trace)
         for trace in traces:
             for name, site in trace.nodes.items():

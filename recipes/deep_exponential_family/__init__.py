@@ -8,8 +8,9 @@ weight family and link, and VARIANTS has those of the paper's table. The data ar
 State of the Union addresses, 1790 to 2026. A model of words is judged by words it has not seen:
 evaluate.py has the protocol. exact.py has what can be computed exactly on small models.
 
-Its documents are read by collapsed variational inference, see guide.py; the posterior has many
-modes, so predictions are averaged over several starts. How they compare with latent Dirichlet
+Its documents are read by collapsed variational inference, see guide.py, and units that count are
+fitted by differences, see differences.py. The posterior has many modes, so predictions are
+averaged over several starts. How they compare with latent Dirichlet
 allocation is in benchmarks/README.md.
 
 >>> import torch, vi_toolkit as vi

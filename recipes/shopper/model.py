@@ -301,9 +301,7 @@ class _Choices(torch.autograd.Function):
         chosen = psi.new_empty(len(trip))
         of_psi, of_mean = torch.zeros_like(psi), torch.empty_like(mean)
         of_interaction = torch.zeros_like(interaction)
-        room = psi.new_empty(
-            rows, psi.shape[1]
-        )  # memory that is touched for the first time is slow
+        room = psi.new_empty(rows, psi.shape[1])  # used again: memory is slow when it is new
         for k, begin in enumerate(edges[:-1].tolist()):
             block = slice(begin, min(begin + rows, len(trip)))
             utility = torch.index_select(psi, 0, trip[block], out=room[: block.stop - begin])
