@@ -10,8 +10,8 @@ evaluate.py has the protocol. exact.py has what can be computed exactly on small
 
 Its documents are read by collapsed variational inference, see guide.py, and units that count are
 fitted by differences, see differences.py. The posterior has many modes, so predictions are
-averaged over several starts. How they compare with latent Dirichlet
-allocation is in benchmarks/README.md.
+averaged over several starts. How they compare with latent Dirichlet allocation is in
+benchmarks/README.md.
 
 >>> import torch, vi_toolkit as vi
 >>> from recipes.deep_exponential_family import Guide, simulate, variant
