@@ -154,7 +154,7 @@ def one_versus_each(fit, train) -> None:
 
 
 def speed(batch: int) -> None:
-    """CPU seconds per step, against the matrix products that it consists of; peak memory."""
+    """Seconds per step, against the matrix products that it consists of; peak memory."""
     pyro.enable_validation(False)
     everything, _, _ = load_trips().split()
     types, _, _ = load_trips(items=None, of="types").split()
@@ -179,24 +179,24 @@ def speed(batch: int) -> None:
         steps, bare = [], []
         for chosen in torch.randperm(len(train))[: 13 * batch].split(batch):
             cut = data | {name: data[name][chosen] for name in ("household", "week", "baskets")}
-            began = time.process_time()
+            began = time.perf_counter()
             estimator.loss_and_grads(model, guide, **cut)
             if optimizer is None:
                 optimizer = torch.optim.Adam(guide.parameters(), lr=0.02)
             optimizer.step()
             optimizer.zero_grad()
-            steps.append(time.process_time() - began)
-            began = time.process_time()
+            steps.append(time.perf_counter() - began)
+            began = time.perf_counter()
             for x, y in pairs:
                 for part in x.split(256):  # forward, and the two products of the gradient
                     product = part @ y.T
                     product @ y
                     product.T @ part
-            bare.append(time.process_time() - began)
+            bare.append(time.perf_counter() - began)
         step, products = float(np.median(steps[3:])), float(np.median(bare[3:]))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
-            f"{label}: {len(train):,} trips, {step:.3f} CPU s a step of {batch} trips, "
+            f"{label}: {len(train):,} trips, {step:.3f} s a step of {batch} trips, "
             f"{rows / step:,.0f} purchases/s, {step / products:.1f} times the bare products "
             f"({products:.3f} s); peak memory so far {peak:.2f} GiB",
             flush=True,
