@@ -9,8 +9,6 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch.nn.functional import softplus
 
-from .differences import step, with_differences
-
 WIDTHS = (100, 30, 15)  # from the words up
 SHAPE = 0.1  # of w0, and of z at the start. Sparse: half its mass lies below 0.006 of its mean
 WEIGHT_SHAPE = 0.3  # of the weights between layers
@@ -165,10 +163,28 @@ def conditional_of(latent, link, units, parameter, name):
     return lambda s: dist.Normal(s + intercept, 1.0)
 
 
+def step(z, binary):
+    """Which way each unit can go: up, or down where it is binary and on."""
+    return 1 - 2 * z if binary else torch.ones_like(z)
+
+
+def with_differences(value, z, difference):
+    """`value` (...,), a function of z (..., K), with derivatives `difference` (..., K) in z.
+
+    By them a guide's units that count are fitted, see differences.py. difference: a function that
+    returns them, called if there is somebody to ask for them.
+    """
+    if not z.requires_grad:
+        return value
+    with torch.no_grad():
+        slope = difference()
+    return value + ((z - z.detach()) * slope).sum(-1)
+
+
 class Below(TorchDistribution):
     """Units below a layer that counts: independent, of the `conditional` given s = z w.
 
-    z: (N, K), of the layer above, by which :mod:`.differences` takes the gradient; w: (K, J).
+    z: (N, K), of the layer above, with differences for derivatives; w: (K, J).
     """
 
     arg_constraints = {"z": constraints.real, "w": constraints.real}  # noqa: RUF012
@@ -212,7 +228,7 @@ class Words(TorchDistribution):
     are kept; the others enter through the sum of the rates, z_n (w 1).
 
     z: (N, K); w: (K, V); own: (V,) or None; exposure: (N,); length: pairs per document, M; latent:
-    of z, whose gradient is one of :mod:`.differences` where z counts. A value is (N, M, 2), filled
+    of z, with differences for derivatives where z counts. A value is (N, M, 2), filled
     up with (0, 0).
     """
 

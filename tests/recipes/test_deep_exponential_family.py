@@ -45,6 +45,7 @@ from recipes.deep_exponential_family.model import (
     Below,
     Words,
     variant,
+    with_differences,
 )
 from tests.tolerances import Z
 
@@ -328,7 +329,7 @@ def test_differences_are_unbiased(kind):
 
 def test_draws_that_are_not_asked_for_gradients_cost_none():
     value = torch.ones(3)
-    assert differences.with_differences(value, torch.ones(3, 2), None) is value
+    assert with_differences(value, torch.ones(3, 2), None) is value
 
 
 def test_simulated_documents_have_the_length_asked_for():
