@@ -19,16 +19,13 @@ cancels between model and guide.
 """
 
 import pyro.distributions as dist
-import torch
 
 
 class _MeansGradient:
     has_rsample = True
 
     def rsample(self, sample_shape=()):
-        with torch.no_grad():
-            z = self.sample(sample_shape)
-        return z + (self.mean - self.mean.detach())
+        return self.sample(sample_shape) + (self.mean - self.mean.detach())
 
 
 class Bernoulli(_MeansGradient, dist.Bernoulli):

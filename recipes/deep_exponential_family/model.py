@@ -228,8 +228,8 @@ class Words(TorchDistribution):
     are kept; the others enter through the sum of the rates, z_n (w 1).
 
     z: (N, K); w: (K, V); own: (V,) or None; exposure: (N,); length: pairs per document, M; latent:
-    of z, with differences for derivatives where z counts. A value is (N, M, 2), filled
-    up with (0, 0).
+    of z, with differences for derivatives where z counts. A value is (N, M, 2), filled up with
+    (0, 0).
     """
 
     arg_constraints = {"z": constraints.real, "w": constraints.real}  # noqa: RUF012

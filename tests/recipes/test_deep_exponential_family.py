@@ -317,7 +317,7 @@ def test_differences_are_unbiased(kind):
     inputs = [m.expand(rows, -1).clone().requires_grad_() for m in means]
     z2, z1 = (draws(m).rsample() for m in inputs)
     found = torch.autograd.grad(elbo(z2, z1, *inputs)[0].sum(), inputs)
-    # Beside it the score function, on the same draws and with the best of constant baselines.
+    # Beside it the score function, on the same draws, with a constant baseline.
     value, q = elbo(z2.detach(), z1.detach(), *inputs)
     score = torch.autograd.grad(((value - value.mean()).detach() * q).sum(), inputs)
     for truth, gradient, other in zip(exact, found, score, strict=True):
@@ -497,7 +497,7 @@ def test_fit_finds_the_blocks(block_fit):
 def test_the_other_families_find_the_blocks(latent, weights, link):
     train, _ = block_corpus()
     given = arguments(train)
-    structure = ((6, 2), latent, weights)  # few words per unit
+    structure = ((6, 2), latent, weights)
     fit = vi.fit(
         variant(*structure, link),
         Guide(*structure, hidden=20).start(**given),
