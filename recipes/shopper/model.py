@@ -1,5 +1,7 @@
 """Shopper: sequential choices from a catalogue, by households with tastes, at prices."""
 
+import itertools
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -39,7 +41,7 @@ PRIOR_SD = {
 }
 HABIT_RATE_PRIOR = (2.0, 1.0)  # of its log
 PRICE_PRIOR = (100.0, 1000.0)  # shape and rate
-CACHED = 2**19  # utilities that fit into a processor's cache
+CACHED = 2**21  # utilities at a time that stay in a processor's cache
 MOST_TRIPS = 2000  # at once
 
 
@@ -171,78 +173,27 @@ def baseline(u, household, week, log_price, history, own=None):
     if left:
         psi = torch.addmm(psi, torch.cat(left, -1), torch.cat(right, -1).T)
     catalogue = log_price.shape[1]
-    prices = habits = (None, None, None, None)
-    if "price_sensitivity" in u:
-        sensitivity = u["price_sensitivity"].index_select(0, household)
-        prices = sensitivity, u["price_effect"][:catalogue], log_price, week
-    if "habit" in u:
-        counts = history.index_select(0, household)
-        if own is not None:
-            counts[own] = (counts[own] - 1).clamp_(min=0)
-        loyalty = u["loyalty"].index_select(0, household)
-        habits = u["habit"][:catalogue], loyalty, u["habit_rate"][:catalogue], counts
-    if left and psi.numel() > CACHED:
-        return _PricesAndHabits.apply(psi, *prices, *habits)
     rest = 0.0
     if "price_sensitivity" in u:
-        sensitivity, effect, *_ = prices
-        rest = rest - (sensitivity @ effect.T) * log_price[week]
+        sensitivity = u["price_sensitivity"].index_select(0, household)
+        rest = rest - (sensitivity @ u["price_effect"][:catalogue].T) * log_price[week]
     if "habit" in u:
-        habit, loyalty, rate, counts = habits
-        rest = rest + (habit + loyalty[:, None]) * torch.log1p(rate * counts)
+        loyalty = u["loyalty"].index_select(0, household)
+        seen = _others_of(history, household, own)
+        rest = rest + (u["habit"][:catalogue] + loyalty[:, None]) * torch.log1p(
+            u["habit_rate"][:catalogue] * seen
+        )
     if torch.is_tensor(rest):
         psi = psi + torch.nn.functional.pad(rest, (0, psi.shape[1] - catalogue))
     return psi
 
 
-class _PricesAndHabits(torch.autograd.Function):
-    """psi, changed in place, - (sensitivity effect') log_price + (habit + loyalty) log(1 + rate
-    counts): some rows at a time, while they are in the processor's cache, and computed again for
-    the gradient rather than kept."""
-
-    @staticmethod
-    def forward(ctx, psi, *terms):
-        sensitivity, effect, log_price, week, habit, loyalty, rate, counts = terms
-        for rows in _cached_rows(psi):
-            if effect is not None:
-                out = psi[rows, : len(effect)]
-                out -= (sensitivity[rows] @ effect.T).mul_(log_price[week[rows]])
-            if habit is not None:
-                past = torch.log1p(counts[rows] * rate)
-                psi[rows, : len(habit)] += past.mul_(habit + loyalty[rows, None])
-        ctx.mark_dirty(psi)
-        ctx.save_for_backward(*terms)
-        return psi
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        terms = ctx.saved_tensors
-        sensitivity, effect, log_price, week, habit, loyalty, rate, counts = terms
-        of_sensitivity, of_effect, of_habit, of_loyalty, of_rate = (
-            None if term is None else torch.zeros_like(term)
-            for term in (sensitivity, effect, habit, loyalty, rate)
-        )
-        for rows in _cached_rows(grad):
-            if effect is not None:
-                slope = log_price[week[rows]].mul_(grad[rows, : len(effect)])
-                of_sensitivity[rows] = -slope @ effect
-                of_effect.addmm_(slope.T, sensitivity[rows], alpha=-1)
-            if habit is not None:
-                here, seen = grad[rows, : len(habit)], counts[rows]
-                more = seen * rate
-                past = more.log1p().mul_(here)
-                of_habit += past.sum(0)
-                of_loyalty[rows] = past.sum(1)
-                slope = seen.mul(here).mul_(habit + loyalty[rows, None]).div_(more.add_(1))
-                of_rate += slope.sum(0)
-        return grad, of_sensitivity, of_effect, None, None, of_habit, of_loyalty, of_rate, None
-
-
-def _cached_rows(matrix):
-    """Slices of the rows of `matrix`, each with a few tens of thousands of entries."""
-    rows = max(1, CACHED // (8 * matrix.shape[1]))
-    return [slice(begin, begin + rows) for begin in range(0, len(matrix), rows)]
+def _others_of(history, household, own, out=None):
+    """How often each of the households bought each item, without the purchases `own`."""
+    seen = torch.index_select(history, 0, household, out=out)
+    if own is not None:
+        seen[own] = (seen[own] - 1).clamp_(min=0)
+    return seen
 
 
 def best_next(now, attributes, interaction, places, rows_at_once=8):
@@ -270,60 +221,42 @@ def first_of_each(counts):
     return counts.cumsum(0) - counts
 
 
-def choice_log_prob(psi, mean, interaction, trip, target, out_row, out_item):
-    """log softmax of psi[trip] + mean interaction' at `target`: (choices,).
+def choice_log_prob(u, mean, trips, own, choices):
+    """log softmax of psi + mean interaction' at each choice's item: (choices,).
 
-    psi: (trips, items). mean: (choices, size), what each choice's basket holds so far, or None.
-    interaction: (items, size). trip, target: (choices,). out_row, out_item: pairs of a choice and
-    an item that it cannot be, the rows ascending.
+    u: one value of every latent. mean: (choices, size), what each choice's basket holds so far, or
+    None. trips: household, week, log_price and history, see `baseline`. own: (trip, item) numbers
+    of purchases in `history` that are not to count, the trips ascending. choices: the trip of each,
+    ascending, and its item; then pairs of a choice and an item that it cannot be, the choices
+    ascending.
 
-    A matrix of utilities that does not fit into the processor's cache is never written down: what
-    the gradient needs of some of its rows is taken while they are there.
+    Utilities that do not fit into the processor's cache are never written down: they are computed
+    some trips at a time, and with them what the gradient needs of them.
     """
-    if mean is None:
-        mean, interaction = psi.new_zeros(len(trip), 0), psi.new_zeros(psi.shape[1], 0)
-    if len(trip) * psi.shape[1] > CACHED:
-        return _Choices.apply(psi, mean, interaction, trip, target, out_row, out_item)
-    utility = torch.addmm(psi[trip], mean, interaction.T)
+    trip, target, out_row, out_item = choices
+    if len(trip) * len(u["intercept"]) > CACHED:
+        values = {name: u[name] for name in CHOOSING if name in u}
+        values |= {} if mean is None else {"mean": mean}
+        return _TripsAtATime.apply((*trips, own, *choices), tuple(values), *values.values())
+    utility = baseline(u, *trips, own)[trip]
+    if mean is not None:
+        utility = torch.addmm(utility, mean, u["interaction"].T)
     utility = utility.index_put((out_row, out_item), utility.new_tensor(-torch.inf))
     return utility.log_softmax(-1).gather(1, target[:, None])[:, 0]
 
 
-class _Choices(torch.autograd.Function):
-    """The log probabilities and, at once, the gradient of their sum: softmax minus choice, by rows,
-    goes back into psi, mean and interaction. Choices of unequal weight go through it again."""
+CHOOSING = tuple(name for name in ALL_SITES if name != "habit_mean")  # what utilities depend on
+
+
+class _TripsAtATime(torch.autograd.Function):
+    """`choice_log_prob` and, at once, the gradient of the sum of its values. Choices of unequal
+    weight go through it again."""
 
     @staticmethod
-    def _gradient(psi, mean, interaction, trip, target, out_row, out_item, weight=None):
-        rows = max(1, CACHED // (2 * psi.shape[1]))
-        edges = torch.arange(0, len(trip) + rows, rows, device=trip.device)
-        pairs = torch.searchsorted(out_row, edges).tolist()
-        chosen = psi.new_empty(len(trip))
-        of_psi, of_mean = torch.zeros_like(psi), torch.empty_like(mean)
-        of_interaction = torch.zeros_like(interaction)
-        room = psi.new_empty(rows, psi.shape[1])  # used again: memory is slow when it is new
-        for k, begin in enumerate(edges[:-1].tolist()):
-            block = slice(begin, min(begin + rows, len(trip)))
-            utility = torch.index_select(psi, 0, trip[block], out=room[: block.stop - begin])
-            utility.addmm_(mean[block], interaction.T)
-            out = slice(pairs[k], pairs[k + 1])
-            utility[out_row[out] - begin, out_item[out]] = -torch.inf
-            picked = utility.gather(1, target[block, None])[:, 0]
-            top = utility.amax(1)
-            norm = utility.sub_(top[:, None]).exp_().sum(1)
-            chosen[block] = picked - top - norm.log()
-            share = torch.ones_like(norm) if weight is None else weight[block]
-            slope = utility.mul_((-share / norm)[:, None])
-            slope.scatter_add_(1, target[block, None], share[:, None])
-            of_psi.index_add_(0, trip[block], slope)
-            torch.mm(slope, interaction, out=of_mean[block])
-            of_interaction.addmm_(slope.T, mean[block])
-        return chosen, of_psi, of_mean, of_interaction
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        chosen, *ctx.gradients = _Choices._gradient(*inputs)
-        ctx.save_for_backward(*inputs)
+    def forward(ctx, data, names, *values):
+        chosen, ctx.gradients = _choices_and_gradient(data, dict(zip(names, values, strict=True)))
+        ctx.save_for_backward(*values)
+        ctx.data, ctx.names = data, names
         return chosen
 
     @staticmethod
@@ -331,10 +264,106 @@ class _Choices(torch.autograd.Function):
     def backward(ctx, grad):
         gradients, ctx.gradients = ctx.gradients, None  # used up
         if gradients is not None and (grad == grad[0]).all():
-            gradients = [gradient.mul_(grad[0]) for gradient in gradients]
-        else:
-            _, *gradients = _Choices._gradient(*ctx.saved_tensors, grad)
-        return *gradients, None, None, None, None
+            return None, None, *(gradient.mul_(grad[0]) for gradient in gradients.values())
+        u = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        return None, None, *_choices_and_gradient(ctx.data, u, grad)[1].values()
+
+
+def _choices_and_gradient(data, u, weight=None):
+    """(choices,) and {name: gradient of their sum, so weighted}. The names are those of `baseline`
+    and of `choice_log_prob`, an `of_` before them the gradient with respect to them."""
+    household, week, log_price, history, own, trip, target, out_row, out_item = data
+    items, catalogue = len(u["intercept"]), log_price.shape[1]
+    of = {name: torch.zeros_like(value) for name, value in u.items()}
+    chosen = torch.empty_like(target, dtype=of["intercept"].dtype)
+
+    pairs = [("preference", household, "attributes"), ("season", week, "season_effect")]
+    pairs = [pair for pair in pairs if pair[0] in u]
+    right = torch.cat([u[name] for _, _, name in pairs], 1) if pairs else None
+    of_right = None if right is None else torch.zeros_like(right)
+    effect, habit, rate = (
+        u[name][:catalogue] if name in u else None
+        for name in ("price_effect", "habit", "habit_rate")
+    )
+
+    at_once = max(1, CACHED // (2 * items) * len(household) // len(trip))  # trips
+    edges = torch.arange(0, len(household) + at_once, at_once, device=trip.device)
+    rows = torch.searchsorted(trip, edges)
+    barred = torch.searchsorted(out_row, rows).tolist()
+    bought = None if own is None else torch.searchsorted(own[0].contiguous(), edges).tolist()
+    rows, edges = rows.tolist(), edges.tolist()
+    longest = max(end - begin for begin, end in itertools.pairwise(rows))
+    # Memory is slow when it is new, so every block's matrices are where the last one's were.
+    new = of["intercept"].new_empty
+    room = new(longest, items)
+    psi_room, of_psi_room = new(2, at_once, items)
+    moved_room, seen_room, more_room, past_room, strength_room = new(5, at_once, catalogue)
+    for k in range(len(edges) - 1):
+        here, these = slice(edges[k], edges[k + 1]), slice(rows[k], rows[k + 1])
+        of_household, of_week = household[here], week[here]
+        n = len(of_household)
+        psi = psi_room[:n].copy_(u["intercept"])
+        if pairs:
+            left = [u[name].index_select(0, index[here]) for name, index, _ in pairs]
+            left = torch.cat(left, 1)
+            psi.addmm_(left, right.T)
+        if effect is not None:
+            sensitivity = u["price_sensitivity"].index_select(0, of_household)
+            moved = torch.index_select(log_price, 0, of_week, out=moved_room[:n])
+            slope = torch.mm(sensitivity, effect.T, out=past_room[:n])
+            psi[:, :catalogue].addcmul_(slope, moved, value=-1)
+        if habit is not None:
+            mine = None
+            if own is not None:
+                mine = slice(bought[k], bought[k + 1])
+                mine = own[0][mine] - here.start, own[1][mine]
+            seen = _others_of(history, of_household, mine, out=seen_room[:n])
+            more = torch.mul(seen, rate, out=more_room[:n])
+            past = torch.log1p(more, out=past_room[:n])
+            loyalty = u["loyalty"].index_select(0, of_household)[:, None]
+            strength = torch.add(habit, loyalty, out=strength_room[:n])
+            psi[:, :catalogue].addcmul_(past, strength)
+
+        local, picked = trip[these] - here.start, target[these, None]
+        utility = torch.index_select(psi, 0, local, out=room[: len(local)])
+        if "mean" in u:
+            utility.addmm_(u["mean"][these], u["interaction"].T)
+        out = slice(barred[k], barred[k + 1])
+        utility[out_row[out] - these.start, out_item[out]] = -torch.inf
+        value = utility.gather(1, picked)[:, 0]
+        top = utility.amax(1)
+        norm = utility.sub_(top[:, None]).exp_().sum(1)
+        chosen[these] = value - top - norm.log()
+        share = torch.ones_like(norm) if weight is None else weight[these]
+        slope = utility.mul_((-share / norm)[:, None])  # softmax minus choice
+        slope.scatter_add_(1, picked, share[:, None])
+
+        of_psi = of_psi_room[:n].zero_().index_add_(0, local, slope)
+        if "mean" in u:
+            torch.mm(slope, u["interaction"], out=of["mean"][these])
+            of["interaction"].addmm_(slope.T, u["mean"][these])
+        of["intercept"] += of_psi.sum(0)
+        if pairs:
+            of_right.addmm_(of_psi.T, left)
+            of_left = (of_psi @ right).split([u[name].shape[1] for name, _, _ in pairs], 1)
+            for (name, index, _), part in zip(pairs, of_left, strict=True):
+                of[name].index_add_(0, index[here], part)
+        of_psi = of_psi[:, :catalogue]
+        if effect is not None:
+            moved.mul_(of_psi)
+            of["price_sensitivity"].index_add_(0, of_household, moved @ effect, alpha=-1)
+            of["price_effect"][:catalogue].addmm_(moved.T, sensitivity, alpha=-1)
+        if habit is not None:
+            past.mul_(of_psi)
+            of["habit"][:catalogue] += past.sum(0)
+            of["loyalty"].index_add_(0, of_household, past.sum(1))
+            of_rate = seen.mul_(of_psi).mul_(strength).div_(more.add_(1)).sum(0)
+            of["habit_rate"][:catalogue] += of_rate
+    if pairs:
+        widths = [u[name].shape[1] for _, _, name in pairs]
+        for (_, _, name), part in zip(pairs, of_right.split(widths, 1), strict=True):
+            of[name] += part
+    return chosen, of
 
 
 class Baskets(dist.TorchDistribution):
@@ -361,15 +390,11 @@ class Baskets(dist.TorchDistribution):
             raise NotImplementedError("Baskets are those of given trips")
         return self
 
+    def of_trips(self, trips):
+        return self.household[trips], self.week[trips], self.log_price, self.history
+
     def psi(self, trips, own=None):
-        return baseline(
-            self.u,
-            self.household[trips],
-            self.week[trips],
-            self.log_price,
-            self.history,
-            own,
-        )
+        return baseline(self.u, *self.of_trips(trips), own)
 
     def log_prob(self, value):
         rows = MOST_TRIPS
@@ -421,8 +446,8 @@ class Baskets(dist.TorchDistribution):
                 others, trips, own, mean, trip, target, out_row, out_item
             )
             return chosen.new_zeros(len(sizes)).index_add(0, trip, chosen)
-        psi = self.psi(trips, own)
         if o["look_ahead"] and mean is not None:
+            psi = self.psi(trips, own)
             utility = torch.addmm(psi[trip], mean, self.u["interaction"].T)
             now = torch.addmm(psi[trip], total / (place[:, None] + 1), self.u["interaction"].T)
             utility[out_row, out_item] = now[out_row, out_item] = -torch.inf
@@ -430,9 +455,9 @@ class Baskets(dist.TorchDistribution):
             utility = utility + self._until_checkout(ahead)
             chosen = utility.log_softmax(-1).gather(1, target[:, None])[:, 0]
         else:
-            interaction = self.u.get("interaction")
-            chosen = choice_log_prob(psi, mean, interaction, trip, target, out_row, out_item)
-        return psi.new_zeros(len(sizes)).index_add(0, trip, chosen)
+            choices = trip, target, out_row, out_item
+            chosen = choice_log_prob(self.u, mean, self.of_trips(trips), own, choices)
+        return chosen.new_zeros(len(sizes)).index_add(0, trip, chosen)
 
     def _one_versus_each(self, others, trips, own, mean, trip, target, out_row, out_item):
         u, household, week = self.u, self.household[trips], self.week[trips]
@@ -489,11 +514,9 @@ class Baskets(dist.TorchDistribution):
             sums = torch.zeros_like(attributes[:1]).expand(len(sizes), -1)
             total = sums.index_add(0, trip, attributes).index_select(0, trip) - attributes
             mean = total / (sizes[trip] - 1).clamp(min=1)[:, None]
-        psi = self.psi(trips, (trip, bought))
-        chosen = choice_log_prob(
-            psi, mean, self.u.get("interaction"), trip, bought, row[differ], other[differ]
-        )
-        return psi.new_zeros(len(sizes)).index_add(0, trip, chosen)
+        choices = trip, bought, row[differ], other[differ]
+        chosen = choice_log_prob(self.u, mean, self.of_trips(trips), (trip, bought), choices)
+        return chosen.new_zeros(len(sizes)).index_add(0, trip, chosen)
 
     def _until_checkout(self, ahead):
         """Nothing comes after checkout."""

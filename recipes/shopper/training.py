@@ -22,7 +22,7 @@ class CosineAdam(torch.optim.Adam):
     """
 
     def __init__(self, params: Any, lr: float, steps: int):
-        super().__init__(params, lr=lr, betas=(0.9, 0.99))
+        super().__init__(params, lr=lr, betas=(0.9, 0.99), fused=True)
         self.first, self.steps, self.taken = lr, steps, 0
 
     def step(self, closure: Any = None) -> Any:

@@ -201,24 +201,30 @@ def test_both_ways_have_the_same_gradient(monkeypatch):
 
 
 def test_choices_of_unequal_weight_have_their_gradient(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    psi, mean, interaction = (
-        torch.randn(shape, generator=generator).double() for shape in ((3, 5), (6, 2), (5, 2))
-    )
-    trip, target = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 2, 3, 4, 0])
-    out = torch.tensor([1, 3, 4]), torch.tensor([0, 2, 3])
+    data, u = simulate(2, trips=12, items=8, **EVERYTHING)
+    u = {name: u[name] for name in module.CHOOSING}
+    held = data["baskets"] >= 0
+    trip, bought = held.nonzero()[:, 0], data["baskets"][held]
+    barred = (bought[1:] != bought[:-1]).nonzero()[:, 0]
+    choices = trip, bought, barred, bought[barred + 1]
+    trips = tuple(data[name] for name in ("household", "week", "log_price", "history"))
+    mean = torch.randn(len(trip), u["interaction"].shape[1]).double()
 
-    def gradients(weight):
-        inputs = [x.clone().requires_grad_() for x in (psi, mean, interaction)]
-        log_prob = module.choice_log_prob(*inputs, trip, target, *out)
-        return torch.autograd.grad(log_prob @ weight, inputs)
+    def gradients(weight, own, mean):
+        inputs = {name: value.clone().requires_grad_() for name, value in u.items()}
+        mean = None if mean is None else mean.clone().requires_grad_()
+        log_prob = module.choice_log_prob(inputs, mean, trips, own, choices)
+        among = [*inputs.values(), *([] if mean is None else [mean])]
+        return torch.autograd.grad(log_prob @ weight, among, allow_unused=True)
 
-    for weight in (torch.full((6,), 2.0), torch.arange(6.0)):
-        plain = gradients(weight.double())
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "CACHED", 20)  # two rows at a time
-            for one, other in zip(gradients(weight.double()), plain, strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    for weight in (torch.full((len(trip),), 2.0), torch.arange(float(len(trip)))):
+        for given in (((trip, bought), mean), (None, None)):
+            plain = gradients(weight.double(), *given)
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "CACHED", 60)  # a few rows at a time
+                for one, other in zip(gradients(weight.double(), *given), plain, strict=True):
+                    other = torch.zeros_like(one) if other is None else other
+                    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_sites_of_the_whole_model():
