@@ -42,7 +42,7 @@ Y = X @ torch.tensor([1.0, -1.0, 0.5]) + torch.randn(30, generator=torch.Generat
 DATA = {"X": X, "y": Y}
 
 
-def interpret(body, carried, fixed):
+def interpret(body, carried, fixed, checked=True):
     """Stands in for ``compile_loop``: the same loop, in Python."""
 
     def run(inputs):
@@ -288,6 +288,7 @@ def test_in_double_precision_they_are_the_same_to_ten_digits(guide):
         cell("AutoNormal", regression, AutoNormal),
         cell("full rank, double", regression, AutoMultivariateNormal, double=True),
         cell("gamma", regression, gamma),
+        cell("low rank", regression, AutoLowRankMultivariateNormal),
         cell("amortised minibatch", local, amortised(), subsample={"data": 10}),
         cell(
             "enumeration",
@@ -887,6 +888,20 @@ def test_a_program_is_never_used_for_another_structure(monkeypatch):
         vi.fit(model, AutoNormal, data, steps=5, compile=True, progress=False)
     assert keys[0] == keys[1] and len(set(keys)) in (2, 3)
     assert keys[3] != keys[0]
+
+
+def test_a_factorisation_that_fails_makes_the_loss_nan():
+    def loss(matrix):
+        return torch.linalg.cholesky(matrix).diagonal().log().sum(), matrix.trace()
+
+    good, bad = 4 * torch.eye(3), torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    graph = program.functional(loss, [good])
+    with pytest.raises(torch.linalg.LinAlgError):
+        graph(bad)
+    program.failures_become_nan(graph)
+    torch.testing.assert_close(graph(good), loss(good))
+    value, trace = graph(bad)
+    assert value.isnan() and trace == 3
 
 
 def test_what_does_not_change_leaves_the_loop(monkeypatch):

@@ -23,19 +23,24 @@ import shutil
 import tempfile
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vi_toolkit.compiled.allocation import allocating_once
 from vi_toolkit.errors import CompileError
 
 aten = torch.ops.aten
 Tensors = list[torch.Tensor]
 
-FORMAT = "3"  # of the folders in the cache and of the loop around a body
+FORMAT = "6"  # of the folders in the cache and of the loop around a body
+# Elements per thread from which a loop is shared among threads: waking one takes as long as
+# several thousand operations.
+LEAST_SHARE = 2**14
 _MOST_LOADED = 64
 _TRUSTED = (0,)  # root
 _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
@@ -179,6 +184,26 @@ def replace_draws(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)  # as a random operator it would be kept, and draw
 
 
+def failures_become_nan(graph: torch.fx.GraphModule) -> None:
+    """A factorisation that fails makes the first output NaN, instead of raising.
+
+    Inside a loop inductor cannot raise; a step whose loss is not finite is taken again eagerly.
+    """
+    out = next(n for n in graph.graph.nodes if n.op == "output")
+    first, *others = out.args[0]
+    for node in list(graph.graph.nodes):
+        if node.target is aten._linalg_check_errors.default:
+            with graph.graph.inserting_before(out):
+                good = graph.graph.call_function(aten.eq.Scalar, (node.args[0], 0))
+                good = graph.graph.call_function(aten.all.default, (good,))
+                first = graph.graph.call_function(
+                    aten.where.ScalarOther, (good, first, float("nan"))
+                )
+            graph.graph.erase_node(node)
+    out.args = ((first, *others),)
+    graph.recompile()
+
+
 def hoist(
     body: torch.fx.GraphModule, variable: int, fresh: Sequence[bool]
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, list[bool]]:
@@ -279,6 +304,52 @@ def write_in(
     return left
 
 
+_LOOKUPS = {aten.index.Tensor: 0, aten.index_put.default: 0, aten.index_select.default: None}
+_COUNTING = {
+    aten.add.Tensor,
+    aten.lt.Tensor,
+    aten.where.self,
+    aten._to_copy.default,
+    aten.full_like.default,
+}
+
+
+def lookups_stay_inside(graph: torch.fx.Graph, bounds: Mapping[int, int]) -> bool:
+    """Whether no index of a loop's body can be out of range, so that none need be checked.
+
+    So it is if its only integers are the loop's counter and the minibatch's indices, whose
+    ``bounds`` are given by position among the inputs, and only long enough tensors are looked up.
+    """
+    limit: dict[torch.fx.Node, int] = {}
+    for position, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        if position in bounds:
+            limit[node] = bounds[position]
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        # (A list is of floats, or an operator that made it of integers was met before.)
+        tensors = [n for n in _tensors_in(node) if isinstance(n.meta["val"], torch.Tensor)]
+        integers = [n for n in tensors if not n.meta["val"].dtype.is_floating_point]
+        if node.target in _LOOKUPS:
+            table, indices = node.args[0], node.args[1]
+            dim = _LOOKUPS[node.target]
+            if dim is None:
+                dim, indices = node.args[1], [node.args[2]]
+            if len(indices) != 1 or indices[0] not in limit:
+                return False
+            if table.meta["val"].shape[dim] < limit[indices[0]]:
+                return False
+            if table in limit:
+                limit[node] = limit[table]
+        elif node.target in _VIEWS:
+            limit.update((node, limit[n]) for n in integers if n in limit)
+        elif node.target not in _COUNTING and any(
+            n.meta["val"].dtype != torch.bool for n in integers
+        ):
+            return False
+    return True
+
+
 def _free(node: torch.fx.Node) -> bool:
     """Whether a node needs no tensor at all (``full``, ``arange``, ...)."""
     return node.op == "call_function" and not _tensors_in(node) and not _random(node)
@@ -291,11 +362,13 @@ def compile_loop(
     body: torch.fx.GraphModule,
     carried: Sequence[torch.Tensor],
     fixed: Sequence[torch.Tensor],
+    checked: bool = True,
 ) -> Callable[[Tensors], Tensors]:
     """Compile ``while i < n: i, *carried = body(i, *carried, n, *fixed)``.
 
     The first of ``fixed`` is n. The same loop is compiled once per process and its library is kept
-    in inductor's cache folder, where the next process finds it.
+    in inductor's cache folder, where the next process finds it. ``checked``: whether the loop looks
+    at every index before it uses it.
 
     Returns:
         Function of [*carried, *fixed] that returns [i, *carried].
@@ -304,8 +377,9 @@ def compile_loop(
         CompileError: there is no working C++ compiler, or inductor cannot compile the loop.
     """
     inputs = [*carried, *fixed]
-    key = _key(f"loop {len(carried)}", body, inputs)
-    return _program(key, lambda: _loop(body, len(carried), len(inputs)), inputs)
+    key = _key(f"loop {len(carried)} {checked}", body, inputs)
+    options = {"assert_indirect_indexing": checked}
+    return _program(key, lambda: _loop(body, len(carried), len(inputs)), inputs, options)
 
 
 def compile_graph(
@@ -320,7 +394,10 @@ def compile_graph(
 
 
 def _program(
-    key: str, graph: Callable[[], torch.fx.GraphModule], inputs: Sequence[torch.Tensor]
+    key: str,
+    graph: Callable[[], torch.fx.GraphModule],
+    inputs: Sequence[torch.Tensor],
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[Tensors], Tensors]:
     """The machine code of that name: loaded, found on disk or made."""
     if key not in _loaded:
@@ -328,7 +405,7 @@ def _program(
             folder = _folder() / key
             if not (folder / "step.so").exists():
                 with quiet():
-                    _build(graph(), inputs, folder)
+                    _build(graph(), inputs, folder, options)
             runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "step.so"), 1)
         except (KeyboardInterrupt, CompileError):
             raise
@@ -394,7 +471,12 @@ def check_folder() -> None:
         )
 
 
-def _build(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], folder: Path) -> None:
+def _build(
+    graph: torch.fx.GraphModule,
+    inputs: Sequence[torch.Tensor],
+    folder: Path,
+    options: Mapping[str, Any],
+) -> None:
     """Compile into a folder of its own and move it to its place when it is complete.
 
     Inductor would first compile a small program for each kind of vector instructions that the
@@ -405,17 +487,17 @@ def _build(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], folder: 
     from torch._inductor.exc import CppCompileError
 
     try:
-        _compile(graph, inputs, folder, {"cpp.vec_isa_ok": True})
+        _compile(graph, inputs, folder, {"cpp.vec_isa_ok": True, **options})
     except CppCompileError:
         valid_vec_isa_list.cache_clear()
-        _compile(graph, inputs, folder, {})
+        _compile(graph, inputs, folder, options)
 
 
 def _compile(
     graph: torch.fx.GraphModule,
     inputs: Sequence[torch.Tensor],
     folder: Path,
-    further: dict[str, Any],
+    further: Mapping[str, Any],
 ) -> None:
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_aot
@@ -427,11 +509,12 @@ def _compile(
     options = {
         "fallback_random": True,  # torch's own generator: the same draws as eagerly
         "compile_threads": 1,  # no pool of worker processes for one file
+        "cpp.min_chunk_size": LEAST_SHARE,
         "aot_inductor.output_path": str(scratch / "step.so"),
         **further,
     }
     try:
-        with tracing(TracingContext(mode)), torch.no_grad():
+        with tracing(TracingContext(mode)), torch.no_grad(), allocating_once():
             fake: list[Any] = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
             compile_fx_aot(graph, fake, config_patches=options)
         kept = scratch / "kept"

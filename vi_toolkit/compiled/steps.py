@@ -9,10 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer import ELBO
 
-from vi_toolkit.compiled.program import check_folder, compile_loop, functional, hoist, write_in
+from vi_toolkit.compiled.program import (
+    check_folder,
+    compile_loop,
+    failures_become_nan,
+    functional,
+    hoist,
+    lookups_stay_inside,
+    write_in,
+)
 from vi_toolkit.compiled.tracing import trace_step
 from vi_toolkit.compiled.updates import hyperparameters, rule_for
 from vi_toolkit.errors import CompileError
@@ -124,6 +133,7 @@ class Loop:
             rows = torch.arange(batch)
             examples = [(rows,), ((steps.plan.size - 1) - rows,)]
         traced = trace_step(steps.loss, leaves, examples)
+        failures_become_nan(traced.graph)
 
         # Parameters by group of the optimiser; what the loss does not depend on stays as it is.
         self.hyperparameters = [hyperparameters(g) for g in optimizer.param_groups]
@@ -205,6 +215,10 @@ class Loop:
             body,
             [torch.zeros((), dtype=torch.long), *carried, *fixed, *self.constants],
         )
+        bounds = {0: MOST_STEPS_PER_CALL}  # of the loop's counter
+        if steps.plan is not None:
+            bounds[1 + len(carried) + 2] = steps.plan.size  # of the minibatch's indices
+        checked = not lookups_stay_inside(each.graph, bounds)
         variable = 1 + len(carried) + len(fixed)
         fresh = [False] * len(idle) + traced.fresh
         self.once, each, unchanging = hoist(each, variable, fresh)
@@ -214,7 +228,7 @@ class Loop:
         self._refresh()
         self.inputs = write_in(each, variable, self.invariants, unchanging)
         self.invariants = [self.invariants[k] for k in self.inputs]
-        self.program = compile_loop(each, carried, [*fixed, *self.invariants])
+        self.program = compile_loop(each, carried, [*fixed, *self.invariants], checked)
 
     # ------------------------------------------------------------- one call
 
@@ -275,20 +289,14 @@ class Loop:
         return [self.n, self.table, *([self.rows] if self.rows is not None else [])]
 
     def _fill_table(self, steps: int) -> None:
-        first = [
-            float(self.optimizer.state[self.leaves[m[0]]].get("step", 0.0)) for m in self.members
-        ]
-        self.table[:steps] = torch.tensor(
-            [
-                [
-                    c
-                    for rule, group, taken in zip(self.rules, self.groups, first, strict=True)
-                    for c in rule.coefficients(group["lr"], taken + 1 + k)
-                ]
-                for k in range(steps)
-            ],
-            dtype=torch.float64,
-        )
+        columns = []
+        for rule, group, members in zip(self.rules, self.groups, self.members, strict=True):
+            taken = float(self.optimizer.state[self.leaves[members[0]]].get("step", 0.0))
+            number = taken + np.arange(1.0, steps + 1)
+            columns += [
+                np.broadcast_to(c, steps) for c in rule.coefficients(group["lr"], number)
+            ]
+        self.table[:steps] = torch.as_tensor(np.stack(columns, 1))
 
     def _commit(self, done: int, out: list[torch.Tensor], before: Sequence[torch.Tensor]) -> Block:
         """Write what a call returned to where eager steps keep it."""

@@ -8,7 +8,6 @@ comes in as *coefficients*, so that a schedule never has to be compiled again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +25,15 @@ class Rule:
 
     Attributes:
         slots: names of the per-parameter state in ``optimizer.state``.
-        coefficients: (learning rate, steps taken so far, counted from 1) -> numbers.
+        coefficients: (learning rate, steps taken so far, counted from 1) -> numbers; or arrays
+            of them, for an array of steps.
         update: (parameters, gradient, slots, coefficients) -> (parameters, slots); all flat
             vectors of the same length, the coefficients 0-dimensional.
         counted: whether ``optimizer.state`` counts steps under "step".
     """
 
     slots: tuple[str, ...]
-    coefficients: Callable[[float, float], list[float]]
+    coefficients: Callable[[float, Any], list[Any]]
     update: Callable[[torch.Tensor, torch.Tensor, Tensors, Tensors], tuple[torch.Tensor, Tensors]]
     counted: bool
 
@@ -74,10 +74,10 @@ def _adam(group: dict[str, Any]) -> Rule:
     decoupled = bool(group.get("decoupled_weight_decay", False))
     amsgrad, sign = bool(group["amsgrad"]), -1 if group["maximize"] else 1
 
-    def coefficients(rate: float, step: float) -> list[float]:
+    def coefficients(rate: float, step: Any) -> list[Any]:
         return [
             rate / (1 - beta1**step),
-            math.sqrt(1 - beta2**step),
+            (1 - beta2**step) ** 0.5,
             1 - rate * decay if decoupled else 1.0,
         ]
 
