@@ -26,7 +26,7 @@ from pyro.infer.autoguide import AutoNormal
 from recipes.shopper import PAPER, TERMS, load_trips, mean_field, model, point
 from recipes.shopper import evaluate as ev
 from recipes.shopper.guide import start
-from recipes.shopper.training import fit_trips, plug_in
+from recipes.shopper.training import CosineAdam, fit_trips, plug_in
 
 FOLDER = Path("runs/baskets")
 # Gamma(2, 5) for the price terms: the paper's Gamma(100, 1000) says that elasticities are 0.1, to
@@ -182,7 +182,7 @@ def speed(batch: int) -> None:
             began = time.perf_counter()
             estimator.loss_and_grads(model, guide, **cut)
             if optimizer is None:
-                optimizer = torch.optim.Adam(guide.parameters(), lr=0.02)
+                optimizer = CosineAdam(guide.parameters(), lr=0.02, steps=10**6)
             optimizer.step()
             optimizer.zero_grad()
             steps.append(time.perf_counter() - began)

@@ -324,16 +324,20 @@ def peers(problem: Problem) -> dict[str, Turn]:
     start = svi.init(key, **data, **rows(key))
     single = jax.jit(one)
     many = jax.jit(lambda state, keys: lax.scan(one, state, keys))
-    states = {"loop": start, "scan": start}
+    states = {"loop": start, "scan": start, "key": key}
+
+    def keys(number: int) -> Any:  # new ones at each call: other minibatches
+        states["key"], now = jax.random.split(states["key"])
+        return jax.random.split(now, number)
 
     def loop(steps: int) -> None:
-        for k in jax.random.split(key, steps):
+        for k in keys(steps):
             states["loop"], loss = single(states["loop"], k)
         loss.block_until_ready()
 
     def scan(steps: int) -> None:
         for _ in range(-(-steps // BLOCK)):
-            states["scan"], losses = many(states["scan"], jax.random.split(key, BLOCK))
+            states["scan"], losses = many(states["scan"], keys(BLOCK))
         losses.block_until_ready()
 
     return {"NumPyro loop": loop, "NumPyro scan": scan}
