@@ -647,7 +647,7 @@ def test_a_step_that_differs_from_the_eager_one_sends_the_fit_back(monkeypatch):
     """The standing check: machine code gone wrong in mid-fit changes no result."""
     calls = 0
 
-    def corrupt(body, carried, fixed):
+    def corrupt(body, carried, fixed, checked):
         run = interpret(body, carried, fixed)
 
         def wrong(inputs):
@@ -865,7 +865,7 @@ def test_many_fits_share_one_program_and_leave_nothing_behind():
     for _ in range(6):
         last = fit()
     assert last[0] == programs and last[1] == 0
-    assert last[2] - objects < 2_000
+    assert last[2] - objects < 60  # ten a fit: a graph's text kept in torch.fx is four objects
 
 
 def test_a_program_is_never_used_for_another_structure(monkeypatch):

@@ -14,7 +14,14 @@ from typing import Any
 import pyro
 import torch
 
-from vi_toolkit.compiled.program import check_folder, compile_graph, functional, hoist, quiet
+from vi_toolkit.compiled.program import (
+    check_folder,
+    compile_graph,
+    forgetting_sources,
+    functional,
+    hoist,
+    quiet,
+)
 from vi_toolkit.compiled.tracing import Watch, trace_function
 from vi_toolkit.compiled.watching import PythonState, effects
 from vi_toolkit.errors import CompileError, CompileWarning
@@ -45,6 +52,7 @@ class CompiledDensity:
         [-14.0, -1.0]
     """
 
+    @forgetting_sources()
     def __init__(
         self,
         log_density: Callable[[torch.Tensor], torch.Tensor],

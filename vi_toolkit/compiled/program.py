@@ -15,6 +15,7 @@ import contextlib
 import functools
 import getpass
 import hashlib
+import linecache
 import operator
 import os
 import platform
@@ -53,6 +54,21 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def forgetting_sources() -> Iterator[None]:
+    """torch.fx keeps the text of every graph for ever, in case a traceback wants to show it: some
+    200 KB for a fit. Here that of the graphs made within is given back at the end."""
+    loader = getattr(torch.fx.graph_module, "_loader", None)
+    texts: dict[str, str] = getattr(loader, "eval_cache", {})
+    before = set(texts)
+    try:
+        yield
+    finally:
+        for name in set(texts) - before:
+            texts.pop(name, None)
+            linecache.cache.pop(name, None)
 
 
 def functional(body: Callable[..., Any], example: Sequence[torch.Tensor]) -> torch.fx.GraphModule:

@@ -17,6 +17,7 @@ from vi_toolkit.compiled.program import (
     check_folder,
     compile_loop,
     failures_become_nan,
+    forgetting_sources,
     functional,
     hoist,
     lookups_stay_inside,
@@ -118,6 +119,7 @@ class Block:
 class Loop:
     """A compiled loop for one shape of minibatch."""
 
+    @forgetting_sources()
     def __init__(self, steps: CompiledSteps, batch: int | None):
         estimator, optimizer, leaves = steps.estimator, steps.optimizer, steps.leaves
         if not hasattr(estimator, "differentiable_loss"):
@@ -293,9 +295,7 @@ class Loop:
         for rule, group, members in zip(self.rules, self.groups, self.members, strict=True):
             taken = float(self.optimizer.state[self.leaves[members[0]]].get("step", 0.0))
             number = taken + np.arange(1.0, steps + 1)
-            columns += [
-                np.broadcast_to(c, steps) for c in rule.coefficients(group["lr"], number)
-            ]
+            columns += [np.broadcast_to(c, steps) for c in rule.coefficients(group["lr"], number)]
         self.table[:steps] = torch.as_tensor(np.stack(columns, 1))
 
     def _commit(self, done: int, out: list[torch.Tensor], before: Sequence[torch.Tensor]) -> Block:
