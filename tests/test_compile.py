@@ -713,7 +713,7 @@ def test_a_non_finite_step_is_blamed_on_its_site_as_eagerly():
 def test_ctrl_c_in_a_block_waits_for_its_end(monkeypatch):
     calls = 0
 
-    def interrupting(body, carried, fixed):
+    def interrupting(body, carried, fixed, checked):
         run = interpret(body, carried, fixed)
 
         def wrapped(inputs):
