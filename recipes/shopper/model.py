@@ -275,7 +275,9 @@ def _choices_and_gradient(data, u, weight=None):
     household, week, log_price, history, own, trip, target, out_row, out_item = data
     items, catalogue = len(u["intercept"]), log_price.shape[1]
     of = {name: torch.zeros_like(value) for name, value in u.items()}
-    chosen = torch.empty_like(target, dtype=of["intercept"].dtype)
+    new = of["intercept"].new_empty
+    chosen = new(len(target))
+    log_price, history = log_price.to(chosen), history.to(chosen)
 
     pairs = [("preference", household, "attributes"), ("season", week, "season_effect")]
     pairs = [pair for pair in pairs if pair[0] in u]
@@ -294,7 +296,6 @@ def _choices_and_gradient(data, u, weight=None):
     rows, edges = rows.tolist(), edges.tolist()
     longest = max(end - begin for begin, end in itertools.pairwise(rows))
     # Memory is slow when it is new, so every block's matrices are where the last one's were.
-    new = of["intercept"].new_empty
     room = new(longest, items)
     psi_room, of_psi_room = new(2, at_once, items)
     moved_room, seen_room, more_room, past_room, strength_room = new(5, at_once, catalogue)

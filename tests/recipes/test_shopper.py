@@ -207,6 +207,7 @@ def test_choices_of_unequal_weight_have_their_gradient(monkeypatch):
     trip, bought = held.nonzero()[:, 0], data["baskets"][held]
     barred = (bought[1:] != bought[:-1]).nonzero()[:, 0]
     choices = trip, bought, barred, bought[barred + 1]
+    data["history"] = data["history"].float()  # counts, whatever the precision of the rest
     trips = tuple(data[name] for name in ("household", "week", "log_price", "history"))
     mean = torch.randn(len(trip), u["interaction"].shape[1]).double()
 
