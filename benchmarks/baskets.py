@@ -161,10 +161,11 @@ def speed(batch: int) -> None:
     quarter = everything.take(np.arange(0, len(everything), 4))
     given_the_rest = {"rest": True, "checkout": False}
     for label, train, options in (
-        ("1,000 products, each given the rest", everything, given_the_rest),
-        ("the same without habits", everything, given_the_rest | {"terms": PAPER}),
+        ("1,000 products, the paper's model", everything, {"terms": PAPER}),
+        ("the same, each given the rest", everything, given_the_rest | {"terms": PAPER}),
+        ("the same with habits", everything, given_the_rest),
         ("a quarter of the trips", quarter, given_the_rest),
-        ("1,000 products, in random order", everything, {}),
+        ("1,000 products in random order, with habits", everything, {}),
         ("2,221 product types, each given the rest", types, given_the_rest),
     ):
         data = train.arguments(**({"terms": TERMS} | LOOSE | options))
