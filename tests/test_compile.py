@@ -916,7 +916,8 @@ def test_what_does_not_change_leaves_the_loop(monkeypatch):
             pyro.sample("y", dist.Poisson(rate), obs=y[i])
 
     assert_same(*both(model, AutoNormal, {"y": counts}, number=12, subsample={"data": 10}))
-    body, _, fixed = seen[0]
+    body, _, fixed, checked = seen[0]
+    assert not checked  # only its own minibatches are looked up
     assert "lgamma" not in body.code
     assert any(t.shape == (30,) and torch.equal(t, torch.lgamma(counts + 1)) for t in fixed)
     assert body.code.count("aten.randn") == 1 and "normal_functional" not in body.code

@@ -1,7 +1,5 @@
 """Shopper: sequential choices from a catalogue, by households with tastes, at prices."""
 
-import itertools
-
 import pyro
 import pyro.distributions as dist
 import torch
@@ -294,7 +292,7 @@ def _choices_and_gradient(data, u, weight=None):
     barred = torch.searchsorted(out_row, rows).tolist()
     bought = None if own is None else torch.searchsorted(own[0].contiguous(), edges).tolist()
     rows, edges = rows.tolist(), edges.tolist()
-    longest = max(end - begin for begin, end in itertools.pairwise(rows))
+    longest = max(end - begin for begin, end in zip(rows[:-1], rows[1:], strict=True))
     # Memory is slow when it is new, so every block's matrices are where the last one's were.
     room = new(longest, items)
     psi_room, of_psi_room = new(2, at_once, items)
