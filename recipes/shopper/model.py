@@ -291,8 +291,8 @@ def _choices_and_gradient(data, u, weight=None):
     rows = torch.searchsorted(trip, edges)
     barred = torch.searchsorted(out_row, rows).tolist()
     bought = None if own is None else torch.searchsorted(own[0].contiguous(), edges).tolist()
+    longest = int(rows.diff().max())
     rows, edges = rows.tolist(), edges.tolist()
-    longest = max(end - begin for begin, end in zip(rows[:-1], rows[1:], strict=True))
     # Memory is slow when it is new, so every block's matrices are where the last one's were.
     room = new(longest, items)
     psi_room, of_psi_room = new(2, at_once, items)
