@@ -3,7 +3,8 @@
 Inductor's C++ allocates each intermediate tensor of a loop's body anew in each iteration and makes
 a new handle of every input: for a small model about fifty allocations, which take longer than its
 arithmetic. All of these tensors have fixed shapes and are dead when the iteration ends, so they
-may as well be allocated before the loop. What leaves an iteration (the new state) is not touched.
+may as well be allocated before the loop. The new state is written where the state before the last
+one was: the two change places after each iteration. So the program writes into its inputs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _REUSE = re.compile(r"\s*auto (\w+) = std::move\((\w+)\);  // reuse$")
 _INPUT = re.compile(r".*aoti_torch_assign_tensors_out\((\w+), &")
 _MOVED = re.compile(r"std::move\((\w+)\)")
 _GIVEN_UP = re.compile(r"\b(\w+)\.(?:reset|release)\(")
+_STATE = re.compile(r"\s*(\w+)\.reset\(\);\n\s*\1 = std::move\((\w+)\);$")
 _WORD = re.compile(r"\w+")
 _patching = threading.Lock()
 
@@ -32,9 +34,10 @@ _patching = threading.Lock()
 def allocate_once(source: str) -> str:
     """C++ of a program with one ``while`` loop, with the allocations of its body before it.
 
-    A name that may be part of what leaves an iteration stays as it is: the names that are moved
-    out, those they are views of or reuse the memory of, and all arguments of a call that made one.
-    A program of any other form is returned unchanged.
+    The new state takes the place of the old one, whose memory it has in the next iteration. Any
+    other name that may be part of what leaves an iteration stays as it is: the names that are
+    moved out, those they are views of or reuse the memory of, and all arguments of a call that
+    made one. A program of any other form is returned unchanged.
 
     Example:
         >>> print(allocate_once('''
@@ -64,7 +67,8 @@ def allocate_once(source: str) -> str:
     lines = body.split("\n")
     if any(line.endswith("{") for line in lines):  # a loop or a branch within
         return source
-    kept_as_they_are = _leaving(lines)
+    swapped = _new_states(before, lines)
+    kept_as_they_are = _leaving(lines) - swapped.keys()
     once: list[str] = []
     each: list[str] = []
     outside: set[str] = set()  # tensors that now live outside of the loop
@@ -77,6 +81,9 @@ def allocate_once(source: str) -> str:
         name = handle[1] if handle else view[2] if view else reuse[1] if reuse else None
         if line.lstrip().startswith("static constexpr"):
             once.append(line)
+        elif (new := _new_state(three)) in swapped:
+            each.append(f"        std::swap({swapped[new]}, {new});")
+            position += 1
         elif name is None or name in kept_as_they_are:
             if line.strip().removesuffix(".reset();") not in outside | inputs:
                 each.append(line)
@@ -103,6 +110,30 @@ def allocate_once(source: str) -> str:
     if given_up & (outside | inputs):
         return source
     return before + "\n".join([*once, _BEGIN + "\n".join(each)]) + _END + after
+
+
+def _new_state(lines: list[str]) -> str:
+    """The name moved into the state by the first two of ``lines``; empty if none is."""
+    match = _STATE.match("\n".join(lines[:2]))
+    return match[2] if match else ""
+
+
+def _new_states(before: str, lines: list[str]) -> dict[str, str]:
+    """New state -> state, where the new one is allocated in the loop and only moved to the old."""
+    found = {}
+    for position in range(len(lines)):
+        match = _STATE.match("\n".join(lines[position : position + 2]))
+        if not match:
+            continue
+        state, new = match[1], match[2]
+        made = [k for k, one in enumerate(lines) if f"&{new}_handle" in one]
+        related = [m for m in map(_REUSE.match, lines) if m and new in (m[1], m[2])]
+        moves = [one for one in lines if new in _MOVED.findall(one)]
+        if len(made) == len(moves) == 1 and "aoti_torch_empty_strided(" in lines[made[0]]:
+            there = f"RAIIAtenTensorHandle {state}({state}_handle);" in before
+            if there and not related:
+                found[new] = state
+    return found
 
 
 def _leaving(lines: list[str]) -> set[str]:

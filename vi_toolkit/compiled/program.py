@@ -38,7 +38,7 @@ from vi_toolkit.errors import CompileError
 aten = torch.ops.aten
 Tensors = list[torch.Tensor]
 
-FORMAT = "6"  # of the folders in the cache and of the loop around a body
+FORMAT = "8"  # of the folders in the cache and of the loop around a body
 # Elements per thread from which a loop is shared among threads: waking one takes as long as
 # several thousand operations.
 LEAST_SHARE = 2**14

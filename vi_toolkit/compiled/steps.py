@@ -266,9 +266,10 @@ class Loop:
             self.rows[:steps] = rows[:steps]
         self._fill_table(steps)
         self.n.fill_(steps)
+        state = [t.clone() for t in self.carried(totals)]  # the program writes into its inputs
         try:
             with torch.no_grad():
-                i, *out = self.program([*self.carried(totals), *self._fixed(), *self.invariants])
+                i, *out = self.program([*state, *self._fixed(), *self.invariants])
         except RuntimeError as error:
             raise CompileError(f"the compiled step failed ({error})") from error
         done = int(i)
