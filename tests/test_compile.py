@@ -42,7 +42,7 @@ Y = X @ torch.tensor([1.0, -1.0, 0.5]) + torch.randn(30, generator=torch.Generat
 DATA = {"X": X, "y": Y}
 
 
-def interpret(body, carried, fixed, checked=True):
+def interpret(body, carried, fixed, checked):
     """Stands in for ``compile_loop``: the same loop, in Python."""
 
     def run(inputs):
@@ -648,7 +648,7 @@ def test_a_step_that_differs_from_the_eager_one_sends_the_fit_back(monkeypatch):
     calls = 0
 
     def corrupt(body, carried, fixed, checked):
-        run = interpret(body, carried, fixed)
+        run = interpret(body, carried, fixed, checked)
 
         def wrong(inputs):
             nonlocal calls
@@ -714,7 +714,7 @@ def test_ctrl_c_in_a_block_waits_for_its_end(monkeypatch):
     calls = 0
 
     def interrupting(body, carried, fixed, checked):
-        run = interpret(body, carried, fixed)
+        run = interpret(body, carried, fixed, checked)
 
         def wrapped(inputs):
             nonlocal calls

@@ -39,7 +39,7 @@ PRIOR_SD = {
 }
 HABIT_RATE_PRIOR = (2.0, 1.0)  # of its log
 PRICE_PRIOR = (100.0, 1000.0)  # shape and rate
-CACHED = 2**21  # utilities at a time that stay in a processor's cache
+CACHED = 2**21  # utilities; more are computed in blocks of half as many, which stay in a cache
 MOST_TRIPS = 2000  # at once
 
 

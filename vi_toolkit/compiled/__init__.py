@@ -2,7 +2,8 @@
 
 ``vi.fit(..., compile="auto")`` uses them. :class:`CompiledSteps` is what stands behind it;
 :mod:`~vi_toolkit.compiled.tracing` records a step, :mod:`~vi_toolkit.compiled.program` makes
-machine code of it, :mod:`~vi_toolkit.compiled.accelerator` decides when, and together with
+machine code of it, with :mod:`~vi_toolkit.compiled.allocation` for its memory,
+:mod:`~vi_toolkit.compiled.accelerator` decides when, and together with
 :mod:`~vi_toolkit.compiled.watching` sees to it that a compiled step stays the model's.
 
 What runs eagerly, and why:

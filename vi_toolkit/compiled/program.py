@@ -26,7 +26,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -320,7 +319,7 @@ def write_in(
     return left
 
 
-_LOOKUPS = {aten.index.Tensor: 0, aten.index_put.default: 0, aten.index_select.default: None}
+_LOOKUPS = {aten.index.Tensor, aten.index_put.default, aten.index_select.default}
 _COUNTING = {
     aten.add.Tensor,
     aten.lt.Tensor,
@@ -347,9 +346,8 @@ def lookups_stay_inside(graph: torch.fx.Graph, bounds: Mapping[int, int]) -> boo
         tensors = [n for n in _tensors_in(node) if isinstance(n.meta["val"], torch.Tensor)]
         integers = [n for n in tensors if not n.meta["val"].dtype.is_floating_point]
         if node.target in _LOOKUPS:
-            table, indices = node.args[0], node.args[1]
-            dim = _LOOKUPS[node.target]
-            if dim is None:
+            table, dim, indices = node.args[0], 0, node.args[1]
+            if node.target is aten.index_select.default:
                 dim, indices = node.args[1], [node.args[2]]
             if len(indices) != 1 or indices[0] not in limit:
                 return False
@@ -378,7 +376,7 @@ def compile_loop(
     body: torch.fx.GraphModule,
     carried: Sequence[torch.Tensor],
     fixed: Sequence[torch.Tensor],
-    checked: bool = True,
+    checked: bool,
 ) -> Callable[[Tensors], Tensors]:
     """Compile ``while i < n: i, *carried = body(i, *carried, n, *fixed)``.
 
@@ -387,7 +385,8 @@ def compile_loop(
     at every index before it uses it.
 
     Returns:
-        Function of [*carried, *fixed] that returns [i, *carried].
+        Function of [*carried, *fixed] that returns [i, *carried], and may write into the carried
+        tensors that it is given.
 
     Raises:
         CompileError: there is no working C++ compiler, or inductor cannot compile the loop.
@@ -406,14 +405,14 @@ def compile_graph(
     Raises:
         CompileError: there is no working C++ compiler, or inductor cannot compile it.
     """
-    return _program(_key("once", graph, inputs), lambda: graph, inputs)
+    return _program(_key("once", graph, inputs), lambda: graph, inputs, {})
 
 
 def _program(
     key: str,
     graph: Callable[[], torch.fx.GraphModule],
     inputs: Sequence[torch.Tensor],
-    options: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any],
 ) -> Callable[[Tensors], Tensors]:
     """The machine code of that name: loaded, found on disk or made."""
     if key not in _loaded:
