@@ -41,6 +41,7 @@ HABIT_RATE_PRIOR = (2.0, 1.0)  # of its log
 PRICE_PRIOR = (100.0, 1000.0)  # shape and rate
 CACHED = 2**21  # utilities; more are computed in blocks of half as many, which stay in a cache
 MOST_TRIPS = 2000  # at once
+RARE = 1e-30  # a probability whose log is computed from the utilities, lest it be that of 0
 
 
 def model(
@@ -262,18 +263,19 @@ class _TripsAtATime(torch.autograd.Function):
     def backward(ctx, grad):
         gradients, ctx.gradients = ctx.gradients, None  # used up
         if gradients is not None and (grad == grad[0]).all():
-            return None, None, *(gradient.mul_(grad[0]) for gradient in gradients.values())
+            factor = -float(grad[0])  # often 1
+            return None, None, *(g if factor == 1.0 else g.mul_(factor) for g in gradients.values())
         u = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        return None, None, *_choices_and_gradient(ctx.data, u, grad)[1].values()
+        return None, None, *_choices_and_gradient(ctx.data, u, -grad)[1].values()
 
 
 def _choices_and_gradient(data, u, weight=None):
-    """(choices,) and {name: gradient of their sum, so weighted}. The names are those of `baseline`
-    and of `choice_log_prob`, an `of_` before them the gradient with respect to them."""
+    """(choices,) and {name: gradient of minus their sum, so weighted}. The names are those of
+    `baseline` and `choice_log_prob`, an `of_` before them the gradient with respect to them."""
     household, week, log_price, history, own, trip, target, out_row, out_item = data
     items, catalogue = len(u["intercept"]), log_price.shape[1]
     of = {name: torch.zeros_like(value) for name, value in u.items()}
-    new = of["intercept"].new_empty
+    new = u["intercept"].new_empty
     chosen = new(len(target))
     log_price, history = log_price.to(chosen), history.to(chosen)
 
@@ -290,11 +292,12 @@ def _choices_and_gradient(data, u, weight=None):
     edges = torch.arange(0, len(household) + at_once, at_once, device=trip.device)
     rows = torch.searchsorted(trip, edges)
     barred = torch.searchsorted(out_row, rows).tolist()
+    out_place = out_row * items + out_item
     bought = None if own is None else torch.searchsorted(own[0].contiguous(), edges).tolist()
     longest = int(rows.diff().max())
     rows, edges = rows.tolist(), edges.tolist()
     # Memory is slow when it is new, so every block's matrices are where the last one's were.
-    room = new(longest, items)
+    room, slope_room = new(2, longest, items)
     psi_room, of_psi_room = new(2, at_once, items)
     moved_room, seen_room, more_room, past_room, strength_room = new(5, at_once, catalogue)
     for k in range(len(edges) - 1):
@@ -327,15 +330,19 @@ def _choices_and_gradient(data, u, weight=None):
         utility = torch.index_select(psi, 0, local, out=room[: len(local)])
         if "mean" in u:
             utility.addmm_(u["mean"][these], u["interaction"].T)
-        out = slice(barred[k], barred[k + 1])
-        utility[out_row[out] - these.start, out_item[out]] = -torch.inf
-        value = utility.gather(1, picked)[:, 0]
-        top = utility.amax(1)
-        norm = utility.sub_(top[:, None]).exp_().sum(1)
-        chosen[these] = value - top - norm.log()
-        share = torch.ones_like(norm) if weight is None else weight[these]
-        slope = utility.mul_((-share / norm)[:, None])  # softmax minus choice
-        slope.scatter_add_(1, picked, share[:, None])
+        out = out_place[barred[k] : barred[k + 1]] - these.start * items
+        utility.view(-1).index_fill_(0, out, -torch.inf)
+        slope = torch.softmax(utility, 1, out=slope_room[: len(local)])
+        share = slope.gather(1, picked)
+        torch.log(share[:, 0], out=chosen[these])
+        rare = share[:, 0] < RARE
+        if rare.any():
+            few = utility[rare]
+            chosen[these][rare] = few.gather(1, picked[rare])[:, 0] - few.logsumexp(1)
+        # Softmax minus choice, the gradient of minus the log, and so weighted.
+        slope.scatter_(1, picked, share - 1)
+        if weight is not None:
+            slope.mul_(weight[these, None])
 
         of_psi = of_psi_room[:n].zero_().index_add_(0, local, slope)
         if "mean" in u:
@@ -421,23 +428,20 @@ class Baskets(dist.TorchDistribution):
         place = torch.arange(len(trip), device=trip.device) - first_of_each(choices)[trip]
         begin = first[trip]
         leaving = place == sizes[trip]
-        # (There is nothing at the last trip's checkout.)
-        target = torch.nn.functional.pad(bought, (0, 1))[begin + place]
-        target = torch.where(leaving, self.items, target)
+        there = torch.nn.functional.pad(bought, (0, 1))  # (nothing at the last trip's checkout)
+        target = torch.where(leaving, self.items, there[begin + place])
         # Pairs (row, item) that are out of the question: bought already, or leaving at once.
-        row = torch.repeat_interleave(torch.arange(len(trip), device=trip.device), place)
-        step = torch.arange(len(row), device=row.device) - first_of_each(place)[row]
-        out_row, out_item = row, bought[begin[row] + step]
-        if o["checkout"]:
-            at_once = (place == 0).nonzero()[:, 0]
-            out_row, order = torch.cat([out_row, at_once]).sort(stable=True)
-            out_item = torch.nn.functional.pad(out_item, (0, len(at_once)), value=self.items)[order]
+        barred = place.clamp(min=1) if o["checkout"] else place
+        out_row = torch.repeat_interleave(torch.arange(len(trip), device=trip.device), barred)
+        step = torch.arange(len(out_row), device=trip.device) - first_of_each(barred)[out_row]
+        out_item = torch.where(place[out_row] == 0, self.items, there[begin[out_row] + step])
 
         mean = total = None
         if "interaction" in self.u:
-            sums = self.u["attributes"].index_select(0, bought).cumsum(0)
-            sums = torch.nn.functional.pad(sums, (0, 0, 1, 0))
-            total = sums.index_select(0, begin + place) - sums.index_select(0, begin)
+            attributes = self.u["attributes"]
+            nothing = torch.zeros_like(attributes[:1]).expand(len(trip), -1)
+            total = nothing.index_add(0, out_row, attributes.index_select(0, out_item))
+            total = total * (place > 0)[:, None]  # (checkout was not in the basket)
             mean = total / place.clamp(min=1)[:, None]
         own = held.nonzero()[:, 0], bought
         if others is not None:

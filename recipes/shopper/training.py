@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoNormal
 
 import vi_toolkit as vi
 
@@ -68,6 +69,7 @@ def fit_trips(
         any_terms,
         guide,
         train.arguments(**options),
+        estimator=vi.Reparam(analytic_kl=isinstance(guide, AutoNormal)),
         optimizer=lambda params: CosineAdam(params, rate, steps),
         steps=steps,
         subsample={"trips": min(batch, len(train))},

@@ -200,6 +200,22 @@ def test_both_ways_have_the_same_gradient(monkeypatch):
     torch.testing.assert_close(gradient(), plain, rtol=0, atol=1e-10)
 
 
+def test_a_choice_of_no_probability_has_its_log(monkeypatch):
+    """The exponential of its utility is 0 in any precision."""
+    data, truth = simulate(2, trips=12, items=8, **EVERYTHING)
+    truth["intercept"] = truth["intercept"] * 1e4
+    conditioned = poutine.condition(model, data=truth)
+
+    def log_prob():
+        site = poutine.trace(conditioned).get_trace(**data).nodes["baskets"]
+        return site["fn"].log_prob(data["baskets"])
+
+    plain = log_prob()
+    assert bool((plain < -1e3).any())
+    monkeypatch.setattr(module, "CACHED", 40)  # a few rows at a time
+    torch.testing.assert_close(log_prob(), plain, rtol=1e-12, atol=1e-9)
+
+
 def test_choices_of_unequal_weight_have_their_gradient(monkeypatch):
     data, u = simulate(2, trips=12, items=8, **EVERYTHING)
     u = {name: u[name] for name in module.CHOOSING}
