@@ -27,7 +27,11 @@ from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
 from vi_toolkit import deterministic as det
+from vi_toolkit.compiled.accelerator import LONG_RUN
+from vi_toolkit.compiled.together import Together
 from vi_toolkit.errors import (
+    CompileError,
+    CompileWarning,
     ConvergenceWarning,
     NonFiniteError,
     NotDeterministicError,
@@ -56,6 +60,7 @@ DEFAULT_RATE = 0.02  # Adam's first step size; annealed from there
 MOST_LATENTS = {"full-rank": 500, "low-rank": 5_000, "mean-field": 20_000}
 MOST_GUIDE_PARAMETERS = 2_000
 MOST_FIRST_WORK = 2e8  # draws times observations of the first round
+MOST_TOGETHER = 2**20  # parameters of all restarts, which a program takes at once
 COMPILED_WORK = 4e6  # the same, from which a compiled log density pays for its compilation
 
 
@@ -568,23 +573,100 @@ class Fit:
             self._joint = None
             self._set_up(self._user_dtype)
         self._prepare_stochastic(estimator, optimizer, average, subsample)
-        best: tuple[float, Any] | None = None
-        for restart in range(restarts):
-            seed = self.seed if restart == 0 else self.seed + 7919 * restart
-            if restart:
-                kept, self.seed = self.seed, seed
-                self._set_up(self._user_dtype)
-                self.seed = kept
+        seeds = [self.seed + 7919 * k for k in range(restarts)]
+        starts = None
+        if restarts > 1 and stop is None and self._runs_together(steps, restarts):
+            try:
+                starts = self._run_together(steps, seeds)
+            except CompileError as error:
+                warnings.warn(
+                    f"The restarts run one after the other, because {error}.",
+                    CompileWarning,
+                    stacklevel=4,
+                )
+                self._start_over(seeds[0])
+        if starts is None:
+            starts = []
+            for k, seed in enumerate(seeds):
+                if k:
+                    self._start_over(seed)
+                self._start_stochastic(seed)
+                self._advance(steps, stop, f"fit {k + 1}/{restarts}" if restarts > 1 else "fit")
+                starts.append(self._snapshot())
+                if self.interrupted:
+                    break
+        if len(starts) > 1:
+            self._keep_best(starts)
+
+    def _keep_best(self, starts: list[tuple[Any, ...]]) -> None:
+        for start in starts:
+            self._return_to(start)
+            if self.interrupted:  # no time for more
+                self.restarts.append(float(np.mean(start[-1].elbo[-100:])))
+            else:
+                self.restarts.append(self.elbo_estimate(200)[0])
+        self._return_to(starts[int(np.nanargmax(self.restarts))])
+
+    def _start_over(self, seed: int) -> None:
+        """A guide and parameters of another seed; the fit's own seed stays."""
+        kept, self.seed = self.seed, seed
+        try:
+            self._set_up(self._user_dtype)
+        finally:
+            self.seed = kept
+
+    def _runs_together(self, steps: int | None, restarts: int) -> bool:
+        """Whether one program may take the steps of all restarts, and would pay."""
+        parameters = sum(value.numel() for value in self._values.values())
+        if restarts * parameters > MOST_TOGETHER:
+            return False
+        long = steps is None or steps * restarts >= LONG_RUN
+        return self._compile is True or (self._compile == "auto" and long)
+
+    def _run_together(self, steps: int | None, seeds: list[int]) -> list[tuple[Any, ...]]:
+        """All restarts at once; their snapshots.
+
+        Raises:
+            CompileError: they cannot be run by one program.
+        """
+        starts = []
+        for k, seed in enumerate(seeds):
+            if k:
+                self._start_over(seed)
             self._start_stochastic(seed)
-            self._advance(steps, stop, f"fit {restart + 1}/{restarts}" if restarts > 1 else "fit")
-            if restarts == 1 or self.interrupted:
-                break
-            value = self.elbo_estimate(200)[0]
-            self.restarts.append(value)
-            if best is None or value > best[0]:
-                best = (value, self._snapshot())
-        if best is not None and not self.interrupted:
-            self._return_to(best[1])
+            starts.append(self._snapshot())
+
+        @contextlib.contextmanager
+        def room(k: int) -> Iterator[None]:
+            # No parameter is the caller's, or two fits would share it, which is refused.
+            self._return_to(starts[k])
+            with borrowed_globals(self._store, None, self._dtype):
+                yield
+
+        bar = tqdm(total=steps, disable=not self.progress, desc=f"{len(seeds)} fits", unit="step")
+
+        def report(done: int, error: float) -> None:
+            bar.update(done)
+            if math.isfinite(error):
+                bar.set_postfix_str(f"error {error:.2f} posterior sds", refresh=False)
+
+        try:
+            Together([start[-1] for start in starts], room).advance(steps, report)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        except NonFiniteError as error:
+            error.fit = self
+            raise
+        finally:
+            bar.close()
+            for k, start in enumerate(starts):
+                running = start[-1]
+                with room(k):
+                    self._iterate = det.flat(running.leaves)
+                    det.unflat(running.result(), running.leaves)
+                    self._keep()
+                    starts[k] = self._snapshot()
+        return starts
 
     def _prepare_stochastic(
         self,
@@ -603,10 +685,11 @@ class Fit:
         self._subsample = dict(subsample) if subsample else None
 
     def _snapshot(self) -> tuple[Any, ...]:
-        return self.guide, self._store, self._values, self._own, self._stochastic
+        return self.guide, self._store, self._values, self._own, self._iterate, self._stochastic
 
     def _return_to(self, snapshot: tuple[Any, ...]) -> None:
-        self.guide, self._store, self._values, self._own, self._stochastic = snapshot
+        self.guide, self._store, self._values, self._own, *running = snapshot
+        self._iterate, self._stochastic = running
 
     def _start_stochastic(self, seed: int) -> None:
         plan = None

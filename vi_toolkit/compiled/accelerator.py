@@ -176,7 +176,8 @@ class Accelerator:
             place = batches.state() if batches else {}
             rows = batches.several(steps) if batches else None
             steps = steps if rows is None else len(rows)
-            block = loop.run(steps, rows, fit.block_sum)
+            (block,) = loop.run(steps, rows, [fit.block_sum])
+            assert block is not None
             done = len(block.elbo)
             if done < steps and batches:
                 batches.restore(place)

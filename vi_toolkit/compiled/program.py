@@ -16,6 +16,7 @@ import functools
 import getpass
 import hashlib
 import linecache
+import logging
 import operator
 import os
 import platform
@@ -48,11 +49,17 @@ _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Deprecations inside torch are not the user's business; the model's own warnings came when it
-    ran eagerly."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Deprecations inside torch and notes of its compiler are not the user's business; the model's
+    own warnings came when it ran eagerly."""
+    compiler = logging.getLogger("torch._inductor")
+    level = compiler.level
+    compiler.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        compiler.setLevel(level)
 
 
 @contextlib.contextmanager

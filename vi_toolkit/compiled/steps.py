@@ -6,13 +6,13 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from pyro.infer import ELBO
 
+from vi_toolkit.compiled.place import Block, Place
 from vi_toolkit.compiled.program import (
     check_folder,
     compile_loop,
@@ -21,10 +21,10 @@ from vi_toolkit.compiled.program import (
     functional,
     hoist,
     lookups_stay_inside,
+    replace_draws,
     write_in,
 )
 from vi_toolkit.compiled.tracing import trace_step
-from vi_toolkit.compiled.updates import hyperparameters, rule_for
 from vi_toolkit.errors import CompileError
 from vi_toolkit.subsampling import PlatePlan
 
@@ -46,9 +46,12 @@ class CompiledSteps:
         optimizer: one of those in :mod:`vi_toolkit.compiled.updates`; it must have taken a step.
         plan: how a plate is subsampled, if one is.
         leaves: the unconstrained parameters.
+        beside: other fits of the same kind from other starts, each with ``guide``, ``estimator``,
+            ``optimizer`` and ``leaves``, whose steps are taken by the same program at once. Their
+            draws are those of none of them alone.
 
     Raises:
-        CompileError: at the first :meth:`take`, if the step cannot be compiled.
+        CompileError: at the first step, if it cannot be compiled.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class CompiledSteps:
         optimizer: torch.optim.Optimizer,
         plan: PlatePlan | None,
         leaves: Sequence[torch.Tensor],
+        beside: Sequence[Any] = (),
     ):
+        self.beside = list(beside)
         self.model, self.guide, self.data, self.estimator = model, guide, data, estimator
         self.optimizer, self.plan, self.leaves = optimizer, plan, list(leaves)
         self.loops: dict[int | None, Loop] = {}
@@ -84,7 +89,7 @@ class CompiledSteps:
     def take(
         self, steps: int, rows: torch.Tensor | None = None, total: torch.Tensor | None = None
     ) -> Block:
-        """Take up to ``steps`` steps.
+        """Take up to ``steps`` steps of the one fit.
 
         Args:
             steps: at most :data:`MOST_STEPS_PER_CALL`.
@@ -92,10 +97,15 @@ class CompiledSteps:
             total: what the sum of the iterates starts from, flat; zero if None.
 
         Returns:
-            :class:`Block`; it is shorter than asked for if a step was not finite. Such a step is
-            not taken: the state is the last good one.
+            :class:`~vi_toolkit.compiled.place.Block`; it is shorter than asked for if a step was
+            not finite. Such a step is not taken: the state is the last good one.
         """
-        return self.loop(None if rows is None else rows.shape[1]).run(steps, rows, total)
+        if total is None:
+            with torch.no_grad():
+                total = torch.cat([torch.zeros_like(p).reshape(-1) for p in self.leaves])
+        (block,) = self.loop(None if rows is None else rows.shape[1]).run(steps, rows, [total])
+        assert block is not None
+        return block
 
     def loss(self, *rows: torch.Tensor) -> torch.Tensor:
         data, handler = (
@@ -106,14 +116,6 @@ class CompiledSteps:
         with handler:
             differentiable_loss: Any = getattr(self.estimator, "differentiable_loss")  # noqa: B009
             return differentiable_loss(self.model, self.guide, **data)
-
-
-@dataclass
-class Block:
-    """What a call brought: the ELBO of each step and the sum of the iterates, flat."""
-
-    elbo: list[float]
-    total: torch.Tensor
 
 
 class Loop:
@@ -128,7 +130,6 @@ class Loop:
             raise CompileError("the parameters are of different precisions")
         if any(p.device.type != "cpu" for p in leaves):
             raise CompileError("only steps on the CPU are compiled")
-        self.leaves, self.optimizer = leaves, optimizer
         examples: list[tuple[torch.Tensor, ...]] = [(), ()]
         if batch is not None:
             assert steps.plan is not None
@@ -137,47 +138,31 @@ class Loop:
         traced = trace_step(steps.loss, leaves, examples)
         failures_become_nan(traced.graph)
 
-        # Parameters by group of the optimiser; what the loss does not depend on stays as it is.
-        self.hyperparameters = [hyperparameters(g) for g in optimizer.param_groups]
-        self.rules, self.members = [], []
-        position = {id(p): k for k, p in enumerate(leaves)}
-        for group in optimizer.param_groups:
-            members = [position[id(p)] for p in group["params"] if position[id(p)] in traced.live]
-            if members:
-                self.rules.append(rule_for(optimizer, group))
-                self.members.append(members)
-        if sum(map(len, self.members)) < len(traced.live):
-            raise CompileError("the optimiser does not have all of the parameters")
-        self.groups = [
-            g
-            for g in optimizer.param_groups
-            if any(position[id(p)] in traced.live for p in g["params"])
-        ]
-        for rule, members in zip(self.rules, self.members, strict=True):
-            counts = {float(optimizer.state[leaves[k]].get("step", 0.0)) for k in members}
-            missing = any(
-                optimizer.state[leaves[k]].get(slot) is None for k in members for slot in rule.slots
-            )
-            if missing or len(counts) > 1:
-                raise CompileError("the parameters have not all taken the same number of steps")
+        place = Place(leaves, optimizer, traced, traced.buffers)
         idle = [k for k in range(len(leaves)) if k not in traced.live]
-        self.buffers, self.read = traced.buffers, traced.read
+        self.places = [place]
+        for other in steps.beside:
+            if idle:
+                raise CompileError("the loss does not depend on all of the parameters")
+            buffers = [_counterpart(t, steps, other) for t in traced.buffers]
+            self.places.append(Place(other.leaves, other.optimizer, traced, buffers))
+        self.read = traced.read
         self.constants = [leaves[k] for k in idle] + traced.constants
 
         def body(i: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
             given = iter(rest)
-            theta = [next(given) for _ in self.rules]
-            slots = [[next(given) for _ in rule.slots] for rule in self.rules]
-            totals = [next(given) for _ in self.rules]
+            theta = [next(given) for _ in place.rules]
+            slots = [[next(given) for _ in rule.slots] for rule in place.rules]
+            totals = [next(given) for _ in place.rules]
             elbo = next(given)
-            buffers = [next(given) for _ in self.buffers]
+            buffers = [next(given) for _ in place.buffers]
             _, table = next(given), next(given)
             at = i.reshape(1)
             inputs = [next(given).index_select(0, at)[0]] if batch is not None else []
             coefficients = iter(table.index_select(0, at)[0].unbind())
             constants = list(given)
             values = dict(zip(idle, constants, strict=False))
-            for members, vector in zip(self.members, theta, strict=True):
+            for members, vector in zip(place.members, theta, strict=True):
                 pieces = vector.split([leaves[k].numel() for k in members])
                 for k, piece in zip(members, pieces, strict=True):
                     values[k] = piece.reshape(leaves[k].shape)
@@ -188,7 +173,7 @@ class Loop:
             finite = torch.isfinite(loss)
             new_theta, new_slots = [], []
             for rule, members, vector, state in zip(
-                self.rules, self.members, theta, slots, strict=True
+                place.rules, place.members, theta, slots, strict=True
             ):
                 g = torch.cat([gradient[k].reshape(-1) for k in members])
                 finite = finite & torch.isfinite(g).all()
@@ -202,21 +187,24 @@ class Loop:
             i = torch.where(finite, i + 1, i + (MOST_STEPS_PER_CALL + 1))
             return i, *new_theta, *new_slots, *totals, elbo, *others[len(traced.live) :]
 
-        dtype = leaves[0].dtype
-        loss_dtype = traced.loss_dtype
-        self.elbo = torch.zeros(MOST_STEPS_PER_CALL, dtype=loss_dtype)
-        self.table = torch.zeros(
-            MOST_STEPS_PER_CALL, sum(len(r.coefficients(0.1, 1.0)) for r in self.rules), dtype=dtype
-        )
+        many = [] if len(self.places) == 1 else [len(self.places)]
+        width = sum(len(r.coefficients(0.1, 1.0)) for r in place.rules)
+        self.elbo = torch.zeros(MOST_STEPS_PER_CALL, dtype=traced.loss_dtype)
+        self.table = torch.zeros(MOST_STEPS_PER_CALL, *many, width, dtype=leaves[0].dtype)
         self.rows = (
-            None if batch is None else torch.zeros(MOST_STEPS_PER_CALL, batch, dtype=torch.long)
+            None
+            if batch is None
+            else torch.zeros(MOST_STEPS_PER_CALL, *many, batch, dtype=torch.long)
         )
         self.n = torch.zeros((), dtype=torch.long)
         carried, fixed = self.carried(), self._fixed()
-        each = functional(
-            body,
-            [torch.zeros((), dtype=torch.long), *carried, *fixed, *self.constants],
-        )
+        first = torch.zeros((), dtype=torch.long)
+        if many:
+            carried_by_one = place.carried(None, self.elbo)
+            given_to_one = [self.n, *(t[:, 0] for t in fixed[1:])]
+            self.alone = functional(body, [first, *carried_by_one, *given_to_one, *self.constants])
+            body = _vectorised(self.alone, len(carried), len(fixed), len(self.constants))
+        each = functional(body, [first, *carried, *fixed, *self.constants])
         bounds = {0: MOST_STEPS_PER_CALL}  # of the loop's counter
         if steps.plan is not None:
             bounds[1 + len(carried) + 2] = steps.plan.size  # of the minibatch's indices
@@ -234,25 +222,35 @@ class Loop:
 
     # ------------------------------------------------------------- one call
 
-    def run(self, steps: int, rows: torch.Tensor | None, total: torch.Tensor | None) -> Block:
-        """See :meth:`CompiledSteps.take`."""
-        with torch.no_grad():
-            if total is None:
-                total = torch.zeros(sum(p.numel() for p in self.leaves), dtype=self.table.dtype)
-            pieces = total.split([p.numel() for p in self.leaves])
-            totals = [torch.cat([pieces[k] for k in m]) for m in self.members]
+    def run(
+        self, steps: int, rows: torch.Tensor | None, totals: Sequence[torch.Tensor | None]
+    ) -> list[Block | None]:
+        """See :meth:`CompiledSteps.take`: a total and a block for each of the fits, where there
+        are several with their indices side by side, (steps, fits, batch). A fit whose total is
+        None stays where it is."""
+        sums = [
+            None if total is None else place.totals(total)
+            for place, total in zip(self.places, totals, strict=True)
+        ]
         before = torch.get_rng_state()
-        done, out = self.compute(steps, rows, totals)
+        done, out = self.compute(steps, rows, sums)
         if 0 < done < steps:  # once more, up to the step that is not finite
             torch.set_rng_state(before)
-            done, out = self.compute(done, rows, totals)
+            done, out = self.compute(done, rows, sums)
         if done == 0:
             torch.set_rng_state(before)
-            return Block([], total)
-        return self._commit(done, out, pieces)
+            return [None if total is None else Block([], total) for total in totals]
+        each = [out] if len(self.places) == 1 else zip(*out, strict=True)
+        return [
+            None if total is None else place.commit(done, mine, total)
+            for place, mine, total in zip(self.places, each, totals, strict=True)
+        ]
 
     def compute(
-        self, steps: int, rows: torch.Tensor | None, totals: list[torch.Tensor] | None = None
+        self,
+        steps: int,
+        rows: torch.Tensor | None,
+        totals: Sequence[list[torch.Tensor] | None] | None = None,
     ) -> tuple[int, list[torch.Tensor]]:
         """The state after ``steps`` steps, without taking them.
 
@@ -264,7 +262,8 @@ class Loop:
         if self.rows is not None:
             assert rows is not None
             self.rows[:steps] = rows[:steps]
-        self._fill_table(steps)
+        tables = [place.coefficients(steps) for place in self.places]
+        self.table[:steps] = torch.as_tensor(tables[0] if len(tables) == 1 else np.stack(tables, 1))
         self.n.fill_(steps)
         state = [t.clone() for t in self.carried(totals)]  # the program writes into its inputs
         try:
@@ -275,71 +274,37 @@ class Loop:
         done = int(i)
         return (done if done <= steps else done - (MOST_STEPS_PER_CALL + 1)), out
 
-    def carried(self, totals: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """Parameters, optimiser slots and sums by group, the ELBO's history, buffers."""
-        leaves, state = self.leaves, self.optimizer.state
-        with torch.no_grad():
-            theta = [torch.cat([leaves[k].reshape(-1) for k in m]) for m in self.members]
-            slots = [
-                torch.cat([state[leaves[k]][slot].reshape(-1) for k in members])
-                for rule, members in zip(self.rules, self.members, strict=True)
-                for slot in rule.slots
-            ]
-        sums = totals or [torch.zeros_like(t) for t in theta]
-        return [*theta, *slots, *sums, self.elbo, *self.buffers]
+    def carried(
+        self, totals: Sequence[list[torch.Tensor] | None] | None = None
+    ) -> list[torch.Tensor]:
+        """What :meth:`Place.carried` says of each of the fits, stacked if there are several."""
+        totals = totals or [None] * len(self.places)
+        each = [p.carried(t, self.elbo) for p, t in zip(self.places, totals, strict=True)]
+        return each[0] if len(each) == 1 else [torch.stack(ts) for ts in zip(*each, strict=True)]
 
     def _fixed(self) -> list[torch.Tensor]:
         return [self.n, self.table, *([self.rows] if self.rows is not None else [])]
 
-    def _fill_table(self, steps: int) -> None:
-        columns = []
-        for rule, group, members in zip(self.rules, self.groups, self.members, strict=True):
-            taken = float(self.optimizer.state[self.leaves[members[0]]].get("step", 0.0))
-            number = taken + np.arange(1.0, steps + 1)
-            columns += [np.broadcast_to(c, steps) for c in rule.coefficients(group["lr"], number)]
-        self.table[:steps] = torch.as_tensor(np.stack(columns, 1))
-
-    def _commit(self, done: int, out: list[torch.Tensor], before: Sequence[torch.Tensor]) -> Block:
-        """Write what a call returned to where eager steps keep it."""
-        state, leaves = self.optimizer.state, self.leaves
-        given = iter(out)
-        into: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
-
-        def share(vector: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-            into.extend(tensors)
-            pieces = vector.split([t.numel() for t in tensors])
-            values.extend(p.view(t.shape) for p, t in zip(pieces, tensors, strict=True))
-
-        for members in self.members:
-            share(next(given), [leaves[k] for k in members])
-        for rule, members in zip(self.rules, self.members, strict=True):
-            for slot in rule.slots:
-                share(next(given), [state[leaves[k]][slot] for k in members])
-        totals = [next(given) for _ in self.rules]
-        elbo = next(given)[:done].tolist()
-        into += self.buffers
-        values += given
-        counters = [
-            state[leaves[k]]["step"]
-            for rule, members in zip(self.rules, self.members, strict=True)
-            if rule.counted
-            for k in members
-        ]
-        with torch.no_grad():
-            torch._foreach_copy_(into, values)
-            if counters:
-                torch._foreach_add_(counters, float(done))
-            if self.members == [list(range(len(leaves)))]:
-                return Block(elbo, totals[0])
-            sums = [b + done * p.reshape(-1) for b, p in zip(before, leaves, strict=True)]
-            for members, total in zip(self.members, totals, strict=True):
-                pieces = total.split([leaves[k].numel() for k in members])
-                for k, piece in zip(members, pieces, strict=True):
-                    sums[k] = piece
-            return Block(elbo, torch.cat(sums))
-
     # ------------------------------------------------------------- staying true
+
+    def state_of(self, k: int) -> list[torch.Tensor]:
+        """One fit's state, as it is now."""
+        return [t.clone() for t in self.places[k].carried(None, self.elbo)]
+
+    def one_alone(self, k: int, rows: torch.Tensor | None) -> list[torch.Tensor]:
+        """One fit's state after a step by the graph that is vectorised for several of them."""
+        table = torch.zeros_like(self.table[:, 0])
+        table[:1] = torch.as_tensor(self.places[k].coefficients(1))
+        given = [self.n, table]
+        if self.rows is not None:
+            assert rows is not None
+            indices = torch.zeros_like(self.rows[:, 0])
+            indices[:1] = rows
+            given.append(indices)
+        first = torch.zeros((), dtype=torch.long)
+        with torch.no_grad():
+            _, *out = self.alone(first, *self.state_of(k), *given, *self.constants)
+        return out
 
     def agree(
         self,
@@ -355,8 +320,8 @@ class Loop:
         however small it is, and would magnify rounding.
         """
         tolerance = TOLERANCE.get(self.table.dtype, 1e-2)
-        many = len(self.rules)
-        slots = sum(len(rule.slots) for rule in self.rules)
+        rules = self.places[0].rules
+        many, slots = len(rules), sum(len(rule.slots) for rule in rules)
         sums = slice(many + slots, 2 * many + slots)
         mine = float(compiled[sums.stop][0])
         if not abs(mine - elbo) <= tolerance * max(1.0, abs(elbo)):
@@ -383,9 +348,47 @@ class Loop:
 
     def outdated(self) -> bool:
         """Whether something that is written into the program has changed."""
-        return self.hyperparameters != [
-            hyperparameters(g) for g in self.optimizer.param_groups
-        ] or self.read_versions != [t._version for t in self.read]
+        return any(place.outdated() for place in self.places) or self.read_versions != [
+            t._version for t in self.read
+        ]
+
+
+def _vectorised(
+    alone: torch.fx.GraphModule, carried: int, fixed: int, constants: int
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The body of one fit's loop as that of several, whose state has one more dimension, in front,
+    and whose steps' coefficients and indices have it second. Each has draws of its own."""
+    replace_draws(alone.graph)
+    for node in list(alone.graph.nodes):  # torch cannot vectorise a copy
+        if node.target is torch.ops.aten.copy.default:
+            into, source = (n.meta["val"] for n in node.args)
+            if (into.shape, into.dtype) == (source.shape, source.dtype):
+                node.replace_all_uses_with(node.args[1])
+                alone.graph.erase_node(node)
+    alone.recompile()
+    axes = (None, *[0] * carried, None, *[1] * (fixed - 1), *[None] * constants)
+    each = torch.func.vmap(alone, in_dims=axes, randomness="different")
+
+    def body(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        i, *out = each(*given)
+        return i.amax(), *out  # beyond reach if one of them is
+
+    return body
+
+
+def _counterpart(tensor: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
+    """Of a tensor that a step changes in one fit, that of another fit."""
+    for mine, theirs in zip(_changing(one), _changing(other), strict=True):
+        for name in mine:
+            if mine[name] is tensor and theirs[name] is not tensor:
+                return theirs[name]
+    raise CompileError("the model changes a tensor in place, which all fits would share")
+
+
+def _changing(fit: Any) -> list[dict[str, torch.Tensor]]:
+    guide = fit.guide if isinstance(fit.guide, torch.nn.Module) else torch.nn.Module()
+    state = fit.estimator.state() if hasattr(fit.estimator, "state") else {}
+    return [dict(guide.named_buffers()), state]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,312 @@
+"""Restarts of the stochastic method, one after the other and as one program."""
+
+import math
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+
+import vi_toolkit as vi
+from tests.models import regression as conjugate
+from tests.models import regression_data, regression_posterior
+from tests.test_compile import DATA, interpret, regression
+from tests.tolerances import Z
+from vi_toolkit.compiled import steps, together
+from vi_toolkit.compiled.together import Together
+from vi_toolkit.stochastic import ERROR_TOLERANCE
+
+OPTIONS = {"method": "stochastic", "progress": False, "optimizer": 0.02, "seed": 3}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setattr(steps, "compile_loop", interpret)
+
+
+def at_random(site):
+    return site["fn"].sample()
+
+
+def from_anywhere(family, model=regression):
+    return family(model, init_loc_fn=at_random)
+
+
+def fit(model, guide, data=DATA, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", vi.ConvergenceWarning)
+        return vi.fit(model, guide, data, **OPTIONS | options)
+
+
+def starts_of(one, monkeypatch):
+    """The running fits of all restarts, as :class:`Together` is given them."""
+    seen = []
+    original = Together.__init__
+
+    def keeping(self, fits, room):
+        seen.extend(fits)
+        original(self, fits, room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Together, "__init__", keeping)
+        one()
+    return seen
+
+
+# ---------------------------------------------------------------- the same fits
+
+
+@pytest.mark.parametrize("subsample", [None, 7], ids=["full", "minibatches"])
+@pytest.mark.parametrize("compiler", ["machine code", "interpreted"])
+def test_fits_without_noise_are_those_made_one_after_the_other(subsample, compiler, monkeypatch):
+    """A point estimate draws nothing, so that nothing but rounding may differ."""
+    if compiler == "interpreted":
+        monkeypatch.setattr(steps, "compile_loop", interpret)
+    elif subsample:
+        pytest.skip("once is enough")
+    guide = from_anywhere(AutoDelta)
+    options = {"steps": 60, "restarts": 3, "subsample": subsample and {"data": subsample}}
+    alone = fit(regression, guide, compile=False, **options)
+    at_once = fit(regression, guide, compile=True, **options)
+    assert len(set(np.round(alone.restarts, 6))) == 3  # they started from different places
+    np.testing.assert_allclose(at_once.restarts, alone.restarts, rtol=1e-5)
+    np.testing.assert_allclose(at_once.elbo, alone.elbo, rtol=2e-5)
+    for name, value in alone.params.items():
+        torch.testing.assert_close(at_once.params[name], value, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.usefixtures("interpreted")
+def test_each_has_draws_of_its_own(family, monkeypatch):
+    """Fits from one and the same start part at once, and their noise has no correlation."""
+    guide = family(regression, init_scale=0.3)
+    fits = starts_of(
+        lambda: fit(regression, guide, steps=150, restarts=4, compile=True, optimizer=1e-6),
+        monkeypatch,
+    )
+    elbos = np.array([one.elbo for one in fits])[:, 2:]
+    correlation = np.corrcoef(elbos) - np.eye(4)
+    assert np.abs(correlation).max() < Z / math.sqrt(elbos.shape[1])
+    assert (elbos.std(1) > 0).all()
+
+
+def test_left_open_each_ends_when_it_has_converged(monkeypatch):
+    data = regression_data(n=20)
+    mean, covariance, _ = regression_posterior(**data)
+    found = []
+    fits = starts_of(
+        lambda: found.append(fit(conjugate, AutoNormal, data, restarts=3, compile=True)),
+        monkeypatch,
+    )
+    assert all(one.converged for one in fits)
+    assert len({one.step for one in fits}) > 1  # and not all at once
+    assert all(len(one.elbo) == one.step for one in fits)
+    for one in fits:  # whichever is kept, all are right
+        loc = one.result()[: len(mean)]
+        error = (loc - mean).abs() / covariance.diagonal().sqrt()
+        assert float(error.max()) < 2 * ERROR_TOLERANCE
+    (best,) = found
+    assert best.converged and len(best.restarts) == 3
+    assert best.elbo_estimate(200)[0] == pytest.approx(max(best.restarts), abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [vi.Reparam(3), vi.Score(4, vi.RunningMean()), vi.Reparam(analytic_kl=True)],
+    ids=repr,
+)
+@pytest.mark.usefixtures("interpreted")
+def test_estimators(estimator, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", vi.CompileWarning)
+        fits = starts_of(
+            lambda: fit(
+                regression,
+                from_anywhere(AutoNormal),
+                estimator=estimator,
+                steps=50,
+                restarts=3,
+                compile=True,
+            ),
+            monkeypatch,
+        )
+    assert [one.step for one in fits] == [50] * 3
+    states = [one.estimator.state() if hasattr(one.estimator, "state") else {} for one in fits]
+    for other in states[1:]:
+        assert all(other[name] is not value for name, value in states[0].items())
+        different = [not torch.equal(other[name], value) for name, value in states[0].items()]
+        assert any(different) or not states[0]  # each learns from its own draws
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_same_seed_gives_the_same_fits():
+    one, other = (
+        fit(regression, from_anywhere(AutoNormal), steps=40, restarts=3, compile=True)
+        for _ in range(2)
+    )
+    assert one.restarts == other.restarts
+    np.testing.assert_array_equal(one.elbo, other.elbo)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_best_can_be_kept_on_disk_and_extended(tmp_path):
+    best = fit(regression, from_anywhere(AutoNormal), steps=40, restarts=3, compile=True)
+    best.save(tmp_path / "fit")
+    again = vi.load(tmp_path / "fit", regression, from_anywhere(AutoNormal))
+    assert again.restarts == best.restarts
+    for one in (best, again):
+        one.progress = False
+        one.extend(10)
+    assert len(best.elbo) == 50
+    np.testing.assert_array_equal(best.elbo, again.elbo)
+
+
+# ---------------------------------------------------------------- when it is not done
+
+
+def counting(monkeypatch):
+    made = []
+    original = Together.__init__
+
+    def noting(self, fits, room):
+        made.append(len(fits))
+        original(self, fits, room)
+
+    monkeypatch.setattr(Together, "__init__", noting)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "at_once"),
+    [
+        ({"compile": False, "steps": 3000}, False),
+        ({"compile": "auto", "steps": 100}, False),
+        ({"compile": "auto", "steps": 700}, True),
+        ({"compile": True, "steps": 20}, True),
+        ({"compile": True, "steps": 20, "stop": lambda running: False}, False),
+    ],
+)
+@pytest.mark.usefixtures("interpreted")
+def test_when(options, at_once, monkeypatch):
+    made = counting(monkeypatch)
+    if options["steps"] > 1000:  # only the decision is of interest
+        monkeypatch.setattr(vi.Fit, "_advance", lambda *a: None)
+    found = fit(regression, AutoNormal, restarts=3, **options)
+    assert made == ([3] if at_once else [])
+    assert len(found.restarts) == 3
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_many_parameters_run_one_after_the_other(monkeypatch):
+    made = counting(monkeypatch)
+    monkeypatch.setattr("vi_toolkit.fitting.MOST_TOGETHER", 20)
+    found = fit(regression, AutoNormal, steps=20, restarts=3, compile=True)
+    assert made == [] and len(found.restarts) == 3
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_network_that_all_would_share():
+    net = torch.nn.Linear(3, 3)
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def guide(X, y):
+        pyro.module("net", net)
+        loc = net(X.mean(0))
+        pyro.sample("w", dist.Normal(loc, 0.1).to_event(1))
+        shape = pyro.param("shape", torch.tensor(2.0), constraint=dist.constraints.positive)
+        pyro.sample("s", dist.Gamma(shape, 1.0))
+
+    with pytest.warns(vi.CompileWarning, match="one after the other, because the fits share"):
+        found = fit(regression, guide, steps=30, restarts=2, compile=True)
+    assert len(found.restarts) == 2 and len(found.elbo) == 30
+    for p, there in zip(net.parameters(), before, strict=True):
+        assert torch.equal(p, there)
+
+
+class Tilted(AutoNormal):
+    """Makes something for itself when it is made."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.tilt = None
+
+    def forward(self, *args, **kwargs):
+        values = super().forward(*args, **kwargs)
+        if self.tilt is None:
+            self.tilt = torch.randn(())
+        pyro.factor("tilt", -self.tilt * values["w"].sum(), has_rsample=True)
+        return values
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_guide_that_is_another_each_time():
+    with pytest.warns(vi.CompileWarning, match="one fit is not that of another"):
+        found = fit(regression, Tilted(regression), steps=30, restarts=2, compile=True)
+    assert len(found.restarts) == 2
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_model_that_cannot_be_compiled_says_so():
+    def model(X, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        scale = 1.0 if float(w.sum()) > 0 else 2.0
+        pyro.sample("y", dist.Normal(X @ w, scale).to_event(1), obs=y)
+
+    with pytest.warns(vi.CompileWarning, match="one after the other"):
+        found = fit(model, AutoNormal, steps=700, restarts=3, compile="auto")
+    assert len(found.restarts) == 3
+    with (
+        pytest.raises(vi.CompileError),
+        pytest.warns(vi.CompileWarning, match="one after the other"),
+    ):
+        fit(model, AutoNormal, steps=30, restarts=2, compile=True)
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_one_fit_that_is_not_finite():
+    """Far out the likelihood's exponential overflows; only one start is there."""
+    places = iter([0.0, 0.0, 3000.0])
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1e4))
+        pyro.factor("likelihood", -(z - 2000.0).exp() - (z - y) ** 2)
+
+    def start(site):
+        return torch.tensor(next(places, 3000.0))
+
+    with pytest.raises(vi.NonFiniteError) as caught:
+        fit(
+            model,
+            AutoNormal(model, init_loc_fn=start),
+            {"y": torch.tensor(1.0)},
+            steps=30,
+            restarts=2,
+            compile=True,
+        )
+    assert caught.value.fit is not None
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_an_interrupt_returns_the_best_so_far(monkeypatch):
+    calls = 0
+    original = together.Together._block
+
+    def interrupted(self, going, most):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(self, going, most)
+
+    monkeypatch.setattr(together.Together, "_block", interrupted)
+    found = fit(regression, from_anywhere(AutoNormal), steps=2000, restarts=3, compile=True)
+    assert found.interrupted and 0 < len(found.elbo) < 2000
+    assert len(found.restarts) == 3
+    assert np.mean(found.elbo[-100:]) == pytest.approx(max(found.restarts))
+    assert torch.isfinite(found.sample(5)["w"]).all()

@@ -1,0 +1,213 @@
+"""Restarts at once: fits of one kind from several starts, whose steps one program takes.
+
+The compiled step of one fit is vectorised over the fits (``torch.vmap`` of its graph). On small
+models a step of ten fits costs little more than a step of one, and nothing is traced, compiled or
+checked ten times. Each fit keeps its own parameters, optimiser, minibatches, stages and end; only
+the draws come from one source, so that they are others than if the fits ran one after the other.
+
+Before the first of these steps, every fit's own eager step is held against the graph that is
+vectorised, with the same draws: a fit of which the program is not true (its guide drew something
+for itself when it was made) is found then, and the fits run one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from vi_toolkit.compiled.accelerator import LONGEST_CALL
+from vi_toolkit.compiled.steps import (
+    MOST_STEPS_PER_CALL,
+    CompiledSteps,
+    Loop,
+    without_interrupt,
+)
+from vi_toolkit.compiled.tracing import Watch
+from vi_toolkit.compiled.watching import PythonState, effects
+from vi_toolkit.errors import CompileError
+
+if TYPE_CHECKING:
+    from vi_toolkit.stochastic import Stochastic
+
+Room = Callable[[int], contextlib.AbstractContextManager[object]]
+
+
+class Together:
+    """Takes the steps of several fits.
+
+    Args:
+        fits: at their starts, no step taken; equal but for their parameters' values and seeds.
+        room: number of a fit -> context in which its parameters are those in use.
+
+    Raises:
+        CompileError: they cannot be run by one program; no fit is as it was.
+    """
+
+    def __init__(self, fits: Sequence[Stochastic], room: Room):
+        self.fits, self.room = list(fits), room
+        first = self.fits[0]
+        owners = [t.untyped_storage().data_ptr() for fit in fits for t in fit.leaves]
+        if len(set(owners)) < len(owners):
+            raise CompileError("the fits share a parameter, which would be changed by all of them")
+        if len({tuple(p.shape for p in fit.leaves) for fit in fits}) > 1:
+            raise CompileError("the fits' parameters differ in shape")
+        self.state: PythonState | None = None
+        for k, fit in enumerate(fits):
+            with room(k):
+                self._first_step(fit)
+        self.steps = CompiledSteps(
+            first.model,
+            first.guide,
+            first.data,
+            first.estimator,
+            first.optimizer,
+            first.plan,
+            first.leaves,
+            beside=self.fits[1:],
+        )
+        self.rng = first.rng
+        self.per_step = 0.0
+
+    def _first_step(self, fit: Stochastic) -> None:
+        """Eager; the first fit's shows what model and guide do besides computing."""
+        torch.set_rng_state(fit.rng)
+        if self.state is not None:
+            fit.one_step()
+        else:
+            before = PythonState(fit.model, fit.guide)
+            with effects() as found:
+                fit.one_step()
+            changed = before.changed()
+            if found or changed:
+                what = f"calls {found[0]}()" if found else f"changes {changed}"
+                raise CompileError(f"the model or guide {what}")
+            self.state = PythonState(fit.model, fit.guide, fit.estimator)
+        fit.rng = torch.get_rng_state()
+
+    def advance(self, steps: int | None, report: Callable[[int, float], None]) -> None:
+        """Take steps until each fit has taken so many, or has converged if None.
+
+        Args:
+            report: called after each call of the program with the steps that it took and the
+                largest error of the fits so far.
+
+        Raises:
+            NonFiniteError: a fit's ELBO or gradient is not finite.
+            CompileError: the model is no longer what was compiled.
+        """
+        most = 10**9 if steps is None else steps
+        report(1, float("inf"))
+        going = [k for k, fit in enumerate(self.fits) if fit.step < most]
+        while going:
+            done = self._block(going, most)
+            for k in going:
+                fit = self.fits[k]
+                if fit.in_block >= fit.block_length:
+                    with self.room(k):
+                        fit.watch()
+            ended = [
+                k
+                for k in going
+                if self.fits[k].step >= most or (steps is None and self.fits[k].converged)
+            ]
+            going = [k for k in going if k not in ended]
+            report(done, max(fit.error for fit in self.fits))
+        for fit in self.fits:
+            fit.rng = self.rng
+        assert self.state is not None
+        changed = self.state.changed()
+        if changed:
+            raise CompileError(f"{changed} changes when the model or guide runs")
+
+    def _block(self, going: list[int], most: int) -> int:
+        """Take some steps of the fits that still go; returns how many."""
+        fits = [self.fits[k] for k in going]
+        steps = min(min(most - f.step, f.block_length - f.in_block) for f in fits)
+        steps = min(steps, MOST_STEPS_PER_CALL)
+        if self.per_step:
+            steps = max(1, min(steps, int(LONGEST_CALL / self.per_step)))
+        batches = fits[0].batches
+        if batches and batches.next_size < batches.batch:
+            return self._eager(going)  # an epoch's short end would be another program
+        new = not self.steps.loops
+        with self.room(0):
+            loop = self.steps.loop(batches.batch if batches else None)
+        if new:
+            for k in range(len(self.fits)):
+                with self.room(k):
+                    self._check(loop, k)
+        began = time.perf_counter()
+        with without_interrupt(), self.room(0):
+            places = [f.batches.state() for f in fits if f.batches]
+            rows = self._rows(fits, steps) if batches else None
+            steps = steps if rows is None else len(rows)
+            if rows is not None and len(going) < len(self.fits):  # for the others anything will do
+                some = rows[:, :1].expand(-1, len(self.fits), -1).clone()
+                some[:, going] = rows
+                rows = some
+            torch.set_rng_state(self.rng)
+            totals = [f.block_sum if k in going else None for k, f in enumerate(self.fits)]
+            blocks = loop.run(steps, rows, totals)
+            self.rng = torch.get_rng_state()
+            done = len(next(block.elbo for block in blocks if block is not None))
+            for fit, place in zip(fits, places, strict=False):
+                if done < steps and fit.batches:
+                    fit.batches.restore(place)
+                    if done:
+                        fit.batches.several(done)
+            for k in going:
+                fit, block = self.fits[k], blocks[k]
+                assert block is not None
+                fit.step += done
+                fit.in_block += done
+                fit.elbo += block.elbo
+                fit.block_sum = block.total
+        if done < steps:
+            return done + self._eager(going)  # blames the site, or finds that all is well
+        self.per_step = (time.perf_counter() - began) / done
+        return done
+
+    @staticmethod
+    def _rows(fits: Sequence[Stochastic], steps: int) -> torch.Tensor:
+        """The next minibatches of each: (steps, fits, batch)."""
+        return torch.stack([f.batches.several(steps) for f in fits if f.batches], 1)
+
+    def _eager(self, going: Sequence[int]) -> int:
+        for k in going:
+            with self.room(k):
+                torch.set_rng_state(self.rng)
+                try:
+                    self.fits[k].one_step()
+                finally:
+                    self.rng = torch.get_rng_state()
+        return 1
+
+    def _check(self, loop: Loop, k: int) -> None:
+        """Compute a fit's next step eagerly and by the graph that is vectorised, and compare."""
+        fit = self.fits[k]
+        torch.set_rng_state(fit.rng)
+        state = fit.batches.state() if fit.batches else {}
+        rows = fit.batches.several(1) if fit.batches else None
+        old = loop.state_of(k)
+        compiled = loop.one_alone(k, rows)
+        if fit.batches:
+            fit.batches.restore(state)
+        place = fit.step, len(fit.elbo), fit.in_block, fit.block_sum.clone()
+        torch.set_rng_state(fit.rng)
+        with Watch() as watch:
+            elbo = fit.one_step()
+        eager = loop.state_of(k)
+        watch.undo()
+        fit.step, length, fit.in_block, fit.block_sum = place
+        del fit.elbo[length:]
+        if fit.batches:
+            fit.batches.restore(state)
+        if not loop.agree(old, eager, compiled, elbo):
+            raise CompileError(
+                "the step of one fit is not that of another, other parameters apart: the guide "
+                "makes something for itself, or computes with little precision"
+            )
