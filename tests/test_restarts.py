@@ -16,6 +16,7 @@ from tests.models import regression_data, regression_posterior
 from tests.test_compile import DATA, interpret, regression
 from tests.tolerances import Z
 from vi_toolkit.compiled import steps, together
+from vi_toolkit.compiled.program import functional, turn_products
 from vi_toolkit.compiled.together import Together
 from vi_toolkit.stochastic import ERROR_TOLERANCE
 
@@ -310,3 +311,24 @@ def test_an_interrupt_returns_the_best_so_far(monkeypatch):
     assert len(found.restarts) == 3
     assert np.mean(found.elbo[-100:]) == pytest.approx(max(found.restarts))
     assert torch.isfinite(found.sample(5)["w"]).all()
+
+
+# ---------------------------------------------------------------- the program
+
+
+def test_products_of_several_fits_keep_them_in_front():
+    A, B = torch.randn(30, 4), torch.randn(5, 4)
+
+    def together(A, B):
+        scores = torch.func.vmap(lambda b: A @ b)(B)
+        return scores, torch.func.vmap(lambda s: A.T @ s)(scores.tanh()), A.T @ A
+
+    graph = functional(together, [A, B])
+    before = graph(A, B)
+    turn_products(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    for one, other in zip(graph(A, B), before, strict=True):
+        torch.testing.assert_close(one, other)
+    shapes = [n.meta["val"].shape for n in graph.graph.nodes if "mm" in str(n.target)]
+    assert shapes == [(5, 30), (5, 4), (4, 4)]

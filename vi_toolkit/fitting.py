@@ -117,8 +117,11 @@ def fit(
             open; the draws are the same either way, and so is the fit, to rounding. Of the
             deterministic method the log density and its gradient are, where the draws of the
             first round times the observations number at least four million.
-        restarts: independent starts; the fit with the best ELBO is kept. The deterministic method
-            always tries 16, and takes this many times 16.
+        restarts: independent starts; the fit with the best ELBO is kept, and the ELBOs of all are
+            in ``Fit.restarts``. The deterministic method always tries 16, and takes this many times
+            16. Of the stochastic method one program takes the compiled steps of all of them at
+            once, with draws of its own, where they have at most a million parameters and there is
+            no ``stop``.
         progress: show a progress bar.
 
     Returns:

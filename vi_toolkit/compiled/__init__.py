@@ -5,6 +5,7 @@
 machine code of it, with :mod:`~vi_toolkit.compiled.allocation` for its memory,
 :mod:`~vi_toolkit.compiled.accelerator` decides when, and together with
 :mod:`~vi_toolkit.compiled.watching` sees to it that a compiled step stays the model's.
+:mod:`~vi_toolkit.compiled.together` takes the steps of several restarts at once.
 
 What runs eagerly, and why:
 
@@ -16,6 +17,11 @@ What runs eagerly, and why:
 * optimisers other than Adam, AdamW, SGD and RMSprop, and a learning rate that is a tensor;
 * parameters of different precisions, or not on the CPU;
 * no C++ compiler, unless the program is in the cache from an earlier run.
+
+What runs in turn, of several restarts: all of that, guides that close over a network or a tensor
+of the caller's (all restarts would change it), guides that make something for themselves when they
+are made (the permutations of Pyro's AutoIAFNormal), more than a million parameters together, and
+fits with a ``stop`` of the caller's.
 """
 
 from vi_toolkit.compiled.steps import MOST_STEPS_PER_CALL, CompiledSteps

@@ -42,6 +42,7 @@ FORMAT = "8"  # of the folders in the cache and of the loop around a body
 # Elements per thread from which a loop is shared among threads: waking one takes as long as
 # several thousand operations.
 LEAST_SHARE = 2**14
+MANY_LOOKED_UP = 2**12  # numbers from which a call of the library's product pays
 _MOST_LOADED = 64
 _TRUSTED = (0,)  # root
 _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
@@ -175,6 +176,26 @@ def swap_lookups(graph: torch.fx.Graph) -> None:
             node.replace_all_uses_with(graph.call_function(aten.index.Tensor, (value, rows)))
 
 
+def rows_at_once(graph: torch.fx.Graph) -> None:
+    """``table[rows].T @ v`` becomes ``v @ table[rows]`` as a call of the library's product.
+
+    It is the gradient of ``table[rows] @ w``. Written into a loop of the compiler's, it looks up
+    one number at a time, row for row again in each column; for the library's product the rows are
+    put side by side once.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.mv.default or not _is_turn(node.args[0]):
+            continue
+        (table, vector) = node.args[0].args[0], node.args[1]
+        if table.target is not aten.index.Tensor or table.meta["val"].numel() < MANY_LOOKED_UP:
+            continue
+        with graph.inserting_before(node):
+            row = graph.call_function(aten.unsqueeze.default, (vector, 0))
+            product = graph.call_function(aten.mm.default, (row, table))
+            node.replace_all_uses_with(graph.call_function(aten.squeeze.dim, (product, 0)))
+        graph.erase_node(node)
+
+
 def replace_draws(graph: torch.fx.Graph) -> None:
     """Write random operators in a form that inductor leaves alone and that gives torch's numbers.
 
@@ -204,6 +225,41 @@ def replace_draws(graph: torch.fx.Graph) -> None:
             continue
         node.replace_all_uses_with(draw)
         graph.erase_node(node)  # as a random operator it would be kept, and draw
+
+
+def turn_products(graph: torch.fx.Graph) -> None:
+    """``(a @ b.T).T`` becomes ``b @ a.T``: what is vectorised over fits keeps them in front.
+
+    With the fits last, as ``torch.vmap`` leaves a product, all that follows runs over a few of them
+    in its innermost loop, instead of over the data.
+    """
+
+    def turned(node: torch.fx.Node) -> torch.fx.Node:
+        if _is_turn(node):
+            return node.args[0]
+        out = graph.call_function(aten.permute.default, (node, [1, 0]))
+        out.meta["val"] = node.meta["val"].t()
+        return out
+
+    for node in list(graph.nodes):
+        if node.target is not aten.mm.default or not node.users:
+            continue
+        if not all(_is_turn(user) for user in node.users):
+            continue
+        with graph.inserting_before(node):
+            first, second = node.args
+            product = graph.call_function(aten.mm.default, (turned(second), turned(first)))
+            product.meta["val"] = node.meta["val"].new_empty(node.meta["val"].t().shape)
+        for user in list(node.users):
+            user.replace_all_uses_with(product)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _is_turn(node: torch.fx.Node) -> bool:
+    if node.target is aten.permute.default:
+        return list(node.args[1]) == [1, 0]
+    return node.target is aten.t.default
 
 
 def failures_become_nan(graph: torch.fx.GraphModule) -> None:
@@ -242,6 +298,7 @@ def hoist(
         alone.
     """
     swap_lookups(body.graph)
+    rows_at_once(body.graph)
     replace_draws(body.graph)
     body.graph.eliminate_dead_code()
     nodes = list(body.graph.nodes)

@@ -22,6 +22,7 @@ from vi_toolkit.compiled.program import (
     hoist,
     lookups_stay_inside,
     replace_draws,
+    turn_products,
     write_in,
 )
 from vi_toolkit.compiled.tracing import trace_step
@@ -205,6 +206,8 @@ class Loop:
             self.alone = functional(body, [first, *carried_by_one, *given_to_one, *self.constants])
             body = _vectorised(self.alone, len(carried), len(fixed), len(self.constants))
         each = functional(body, [first, *carried, *fixed, *self.constants])
+        if many:
+            turn_products(each.graph)
         bounds = {0: MOST_STEPS_PER_CALL}  # of the loop's counter
         if steps.plan is not None:
             bounds[1 + len(carried) + 2] = steps.plan.size  # of the minibatch's indices
