@@ -1026,3 +1026,42 @@ def test_effects_leave_a_profiler_running():
         sorted([3, 1, 2])  # the profiler still sees what comes after
     seen = {str(code) for code, *_ in profiler.getstats()}
     assert not found and any("sorted" in name for name in seen)
+
+
+# ---------------------------------------------------------------- what leaves the loop
+
+
+def loop_of(function, variable, constants):
+    """(once, each) of a function of variable inputs and then constants, and what each gives."""
+    graph = program.functional(function, [*variable, *constants])
+    expected = graph(*variable, *constants)
+    once, each, _ = program.hoist(graph, len(variable), [False] * len(constants))
+    given = once(*constants)
+    for found, right in zip(each(*variable, *given), expected, strict=True):
+        torch.testing.assert_close(found, right, equal_nan=True)
+    return [str(n.target) for n in each.graph.nodes if n.op == "call_function"]
+
+
+def test_a_gradient_of_rows_looked_up_is_a_product_of_the_library():
+    table, rows = torch.randn(500, 60), torch.randint(0, 500, (100,))
+    v, w = torch.randn(100), torch.randn(60)
+
+    def function(rows, v, w, table):
+        return table[rows] @ w, table[rows].T @ v, table.exp()[rows].T @ v
+
+    left = loop_of(function, [rows, v, w], [table])
+    assert left.count("aten.mm.default") == 2 and left.count("aten.mv.default") == 1
+    assert "aten.exp.default" not in left
+    few = loop_of(function, [rows[:10], v[:10], w], [table])
+    assert "aten.mm.default" not in few
+
+
+def test_masks_are_made_once():
+    def function(x, c):
+        strict = x.tril(-1)
+        return strict + torch.eye(5) + c, strict.tril().triu(-2), torch.where(c > 0, x, 1.0).triu(1)
+
+    x = torch.randn(5, 5)
+    x[0, 4] = torch.nan  # above the diagonal, where nobody looks
+    left = loop_of(function, [x], [torch.randn(5, 5)])
+    assert not {"aten.tril.default", "aten.triu.default", "aten.eye.default"} & set(left)

@@ -12,6 +12,8 @@ from vi_toolkit.compiled.tracing import Traced
 from vi_toolkit.compiled.updates import hyperparameters, rule_for
 from vi_toolkit.errors import CompileError
 
+LARGE = 2**12  # numbers from which a parameter with more than one dimension keeps its shape
+
 
 @dataclass
 class Block:
@@ -42,22 +44,20 @@ class Place:
         buffers: Sequence[torch.Tensor],
     ):
         self.leaves, self.optimizer, self.buffers = list(leaves), optimizer, list(buffers)
-        # Parameters by group of the optimiser.
+        # Parameters by group of the optimiser, the small ones of a group as one vector.
         self.hyperparameters = [hyperparameters(g) for g in optimizer.param_groups]
-        self.rules, self.members = [], []
+        self.rules, self.groups, self.members = [], [], []
         position = {id(p): k for k, p in enumerate(leaves)}
         for group in optimizer.param_groups:
-            members = [position[id(p)] for p in group["params"] if position[id(p)] in traced.live]
-            if members:
+            live = [position[id(p)] for p in group["params"] if position[id(p)] in traced.live]
+            alone = [k for k in live if leaves[k].dim() > 1 and leaves[k].numel() >= LARGE]
+            small = [k for k in live if k not in alone]
+            for members in [small] * bool(small) + [[k] for k in alone]:
                 self.rules.append(rule_for(optimizer, group))
+                self.groups.append(group)
                 self.members.append(members)
         if sum(map(len, self.members)) < len(traced.live):
             raise CompileError("the optimiser does not have all of the parameters")
-        self.groups = [
-            g
-            for g in optimizer.param_groups
-            if any(position[id(p)] in traced.live for p in g["params"])
-        ]
         for rule, members in zip(self.rules, self.members, strict=True):
             counts = {float(optimizer.state[leaves[k]].get("step", 0.0)) for k in members}
             missing = any(
@@ -66,13 +66,27 @@ class Place:
             if missing or len(counts) > 1:
                 raise CompileError("the parameters have not all taken the same number of steps")
 
+    @staticmethod
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Those of a group as one vector, or a large one as it is: with its own shape, a compiled
+        loop over it has no need of divisions to find out where it is."""
+        if len(tensors) == 1 and tensors[0].dim() > 1:
+            return tensors[0]
+        return torch.cat([t.reshape(-1) for t in tensors])
+
+    def apart(self, joined: torch.Tensor, members: Sequence[int]) -> list[torch.Tensor]:
+        """The opposite of :meth:`joined`."""
+        shapes = [self.leaves[k].shape for k in members]
+        pieces = joined.reshape(-1).split([shape.numel() for shape in shapes])
+        return [p.view(shape) for p, shape in zip(pieces, shapes, strict=True)]
+
     def carried(self, totals: list[torch.Tensor] | None, elbo: torch.Tensor) -> list[torch.Tensor]:
         """Parameters, optimiser slots and sums by group, the ELBO's history, buffers."""
         leaves, state = self.leaves, self.optimizer.state
         with torch.no_grad():
-            theta = [torch.cat([leaves[k].reshape(-1) for k in m]) for m in self.members]
+            theta = [self.joined([leaves[k].detach() for k in m]) for m in self.members]
             slots = [
-                torch.cat([state[leaves[k]][slot].reshape(-1) for k in members])
+                self.joined([state[leaves[k]][slot] for k in members])
                 for rule, members in zip(self.rules, self.members, strict=True)
                 for slot in rule.slots
             ]
@@ -87,7 +101,8 @@ class Place:
         """A sum of iterates over all leaves, flat, by group."""
         with torch.no_grad():
             pieces = total.split([p.numel() for p in self.leaves])
-            return [torch.cat([pieces[k] for k in m]) for m in self.members]
+            shaped = [p.view(leaf.shape) for p, leaf in zip(pieces, self.leaves, strict=True)]
+            return [self.joined([shaped[k] for k in m]) for m in self.members]
 
     def coefficients(self, steps: int) -> np.ndarray:
         """Those of the next steps: (steps, coefficients of all groups)."""
@@ -105,16 +120,13 @@ class Place:
         into: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
 
-        def share(vector: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-            into.extend(tensors)
-            pieces = vector.split([t.numel() for t in tensors])
-            values.extend(p.view(t.shape) for p, t in zip(pieces, tensors, strict=True))
-
         for members in self.members:
-            share(next(given), [leaves[k] for k in members])
+            into += [leaves[k] for k in members]
+            values += self.apart(next(given), members)
         for rule, members in zip(self.rules, self.members, strict=True):
             for slot in rule.slots:
-                share(next(given), [state[leaves[k]][slot] for k in members])
+                into += [state[leaves[k]][slot] for k in members]
+                values += self.apart(next(given), members)
         totals = [next(given) for _ in self.rules]
         elbo = next(given)[:done].tolist()
         into += self.buffers
@@ -130,11 +142,10 @@ class Place:
             if counters:
                 torch._foreach_add_(counters, float(done))
             if self.members == [list(range(len(leaves)))]:
-                return Block(elbo, totals[0])
+                return Block(elbo, totals[0].reshape(-1))
             before = total.split([p.numel() for p in leaves])
             sums = [b + done * p.reshape(-1) for b, p in zip(before, leaves, strict=True)]
             for members, group_total in zip(self.members, totals, strict=True):
-                pieces = group_total.split([leaves[k].numel() for k in members])
-                for k, piece in zip(members, pieces, strict=True):
-                    sums[k] = piece
+                for k, piece in zip(members, self.apart(group_total, members), strict=True):
+                    sums[k] = piece.reshape(-1)
             return Block(elbo, torch.cat(sums))

@@ -142,6 +142,9 @@ _POINTWISE = _COSTLY | {
 }
 
 
+_MASKS = {aten.eye.default, aten.eye.m, aten.tril.default, aten.triu.default}
+
+
 def _tensors_in(node: torch.fx.Node) -> list[torch.fx.Node]:
     return node.all_input_nodes
 
@@ -173,7 +176,9 @@ def swap_lookups(graph: torch.fx.Graph) -> None:
             for step in reversed(chain):
                 args = tuple(value if a is _tensors_in(step)[0] else a for a in step.args)
                 value = graph.call_function(step.target, args, dict(step.kwargs))
-            node.replace_all_uses_with(graph.call_function(aten.index.Tensor, (value, rows)))
+            found = graph.call_function(aten.index.Tensor, (value, rows))
+        found.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(found)
 
 
 def rows_at_once(graph: torch.fx.Graph) -> None:
@@ -186,13 +191,34 @@ def rows_at_once(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.mv.default or not _is_turn(node.args[0]):
             continue
-        (table, vector) = node.args[0].args[0], node.args[1]
+        table, vector = node.args[0].args[0], node.args[1]
         if table.target is not aten.index.Tensor or table.meta["val"].numel() < MANY_LOOKED_UP:
             continue
         with graph.inserting_before(node):
             row = graph.call_function(aten.unsqueeze.default, (vector, 0))
             product = graph.call_function(aten.mm.default, (row, table))
-            node.replace_all_uses_with(graph.call_function(aten.squeeze.dim, (product, 0)))
+            flat = graph.call_function(aten.squeeze.dim, (product, 0))
+        flat.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(flat)
+        graph.erase_node(node)
+
+
+def masks_from_memory(graph: torch.fx.Graph) -> None:
+    """``tril(x)`` becomes ``where(mask, x, 0)``, for a mask that leaves the loop.
+
+    In the loop the compiler works out anew, by 64-bit integers, which numbers are below a diagonal.
+    """
+    for node in list(graph.nodes):
+        if node.target not in (aten.tril.default, aten.triu.default):
+            continue
+        value = node.args[0].meta["val"]
+        given = {"dtype": torch.bool, "device": value.device}
+        with graph.inserting_before(node):
+            ones = graph.call_function(aten.full.default, (list(value.shape[-2:]), True), given)
+            mask = graph.call_function(node.target, (ones, *node.args[1:]))
+            kept = graph.call_function(aten.where.ScalarOther, (mask, node.args[0], 0.0))
+        kept.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(kept)
         graph.erase_node(node)
 
 
@@ -236,7 +262,8 @@ def turn_products(graph: torch.fx.Graph) -> None:
 
     def turned(node: torch.fx.Node) -> torch.fx.Node:
         if _is_turn(node):
-            return node.args[0]
+            (source,) = _tensors_in(node)
+            return source
         out = graph.call_function(aten.permute.default, (node, [1, 0]))
         out.meta["val"] = node.meta["val"].t()
         return out
@@ -258,7 +285,7 @@ def turn_products(graph: torch.fx.Graph) -> None:
 
 def _is_turn(node: torch.fx.Node) -> bool:
     if node.target is aten.permute.default:
-        return list(node.args[1]) == [1, 0]
+        return node.args[1] == [1, 0]
     return node.target is aten.t.default
 
 
@@ -299,6 +326,7 @@ def hoist(
     """
     swap_lookups(body.graph)
     rows_at_once(body.graph)
+    masks_from_memory(body.graph)
     replace_draws(body.graph)
     body.graph.eliminate_dead_code()
     nodes = list(body.graph.nodes)
@@ -309,7 +337,7 @@ def hoist(
         if node.op == "call_function" and not _random(node):
             inputs = _tensors_in(node)
             known = all(i in constant or _free(i) for i in inputs)
-            if known and any(i in constant for i in inputs):
+            if known and (node.target in _MASKS or any(i in constant for i in inputs)):
                 constant.add(node)
                 if any(i in mutable for i in inputs):
                     mutable.add(node)
