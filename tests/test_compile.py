@@ -1028,6 +1028,31 @@ def test_effects_leave_a_profiler_running():
     assert not found and any("sorted" in name for name in seen)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.usefixtures("interpreted")
+def test_large_parameters_keep_their_shape(groups):
+    data = {"y": torch.randn(70, 60, generator=torch.Generator().manual_seed(2))}
+
+    def model(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", 70):
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0).expand([60]).to_event(1))
+            pyro.sample("y", dist.Normal(mean, scale).to_event(1), obs=y)
+
+    def optimizer(leaves):
+        if groups == 1:
+            return torch.optim.Adam(leaves, lr=0.02)
+        large = [p for p in leaves if p.numel() > 4000]
+        small = [p for p in leaves if p.numel() < 4000]
+        return torch.optim.Adam([{"params": small, "lr": 0.05}, {"params": large}], lr=0.02)
+
+    eager, compiled = both(model, AutoNormal, data, 90, optimizer=optimizer)
+    assert_same(eager, compiled)
+    (loop,) = compiled._stochastic.accelerator.steps.loops.values()
+    shapes = [tuple(t.shape) for t in loop.carried()[: len(loop.places[0].rules)]]
+    assert shapes == [(2,), (70, 60), (70, 60)]
+
+
 # ---------------------------------------------------------------- what leaves the loop
 
 

@@ -271,26 +271,23 @@ def test_a_model_that_cannot_be_compiled_says_so():
 
 @pytest.mark.usefixtures("interpreted")
 def test_one_fit_that_is_not_finite():
-    """Far out the likelihood's exponential overflows; only one start is there."""
-    places = iter([0.0, 0.0, 3000.0])
+    """Everything is pushed to where an exponential overflows, and one start is close to that."""
 
-    def model(y):
+    def model():
         z = pyro.sample("z", dist.Normal(0.0, 1e4))
-        pyro.factor("likelihood", -(z - 2000.0).exp() - (z - y) ** 2)
+        pyro.factor("likelihood", z + 0 * z.exp())
 
     def start(site):
-        return torch.tensor(next(places, 3000.0))
+        return torch.where(torch.rand(()) < 0.5, torch.tensor(0.0), torch.tensor(80.0))
 
-    with pytest.raises(vi.NonFiniteError) as caught:
-        fit(
-            model,
-            AutoNormal(model, init_loc_fn=start),
-            {"y": torch.tensor(1.0)},
-            steps=30,
-            restarts=2,
-            compile=True,
-        )
-    assert caught.value.fit is not None
+    guide = AutoNormal(model, init_loc_fn=start)
+    options = {"steps": 60, "compile": True, "optimizer": 0.5, "seed": 0}
+    assert float(fit(model, guide, {}, **options).params["AutoNormal.locs.z"]) < 40
+    with pytest.raises(vi.NonFiniteError, match="likelihood") as caught:
+        fit(model, guide, {}, restarts=2, **options)
+    failed = caught.value.fit
+    assert float(failed.params["AutoNormal.locs.z"]) > 80 and caught.value.step > 1
+    assert len(failed.elbo) == caught.value.step
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -311,6 +308,15 @@ def test_an_interrupt_returns_the_best_so_far(monkeypatch):
     assert len(found.restarts) == 3
     assert np.mean(found.elbo[-100:]) == pytest.approx(max(found.restarts))
     assert torch.isfinite(found.sample(5)["w"]).all()
+
+
+def test_an_interrupt_before_the_first_step(monkeypatch):
+    def interrupted(self, running):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(together.Together, "_first_step", interrupted)
+    found = fit(regression, from_anywhere(AutoNormal), steps=2000, restarts=3, compile=True)
+    assert found.interrupted and len(found.elbo) == 0 and len(found.restarts) == 3
 
 
 # ---------------------------------------------------------------- the program

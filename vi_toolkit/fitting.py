@@ -605,10 +605,11 @@ class Fit:
         for start in starts:
             self._return_to(start)
             if self.interrupted:  # no time for more
-                self.restarts.append(float(np.mean(start[-1].elbo[-100:])))
+                last = start[-1].elbo[-100:]
+                self.restarts.append(float(np.mean(last)) if last else math.nan)
             else:
                 self.restarts.append(self.elbo_estimate(200)[0])
-        self._return_to(starts[int(np.nanargmax(self.restarts))])
+        self._return_to(starts[int(np.argmax(np.nan_to_num(self.restarts, nan=-np.inf)))])
 
     def _start_over(self, seed: int) -> None:
         """A guide and parameters of another seed; the fit's own seed stays."""
@@ -653,12 +654,13 @@ class Fit:
             if math.isfinite(error):
                 bar.set_postfix_str(f"error {error:.2f} posterior sds", refresh=False)
 
+        failed = None
         try:
             Together([start[-1] for start in starts], room).advance(steps, report)
         except KeyboardInterrupt:
             self.interrupted = True
         except NonFiniteError as error:
-            error.fit = self
+            error.fit, failed = self, self._stochastic
             raise
         finally:
             bar.close()
@@ -669,6 +671,9 @@ class Fit:
                     det.unflat(running.result(), running.leaves)
                     self._keep()
                     starts[k] = self._snapshot()
+            for start in starts:
+                if start[-1] is failed:
+                    self._return_to(start)
         return starts
 
     def _prepare_stochastic(

@@ -50,7 +50,7 @@ class Together:
     def __init__(self, fits: Sequence[Stochastic], room: Room):
         self.fits, self.room = list(fits), room
         first = self.fits[0]
-        owners = [t.untyped_storage().data_ptr() for fit in fits for t in fit.leaves]
+        owners = [t.untyped_storage().data_ptr() for f in fits for t in f.leaves if t.numel()]
         if len(set(owners)) < len(owners):
             raise CompileError("the fits share a parameter, which would be changed by all of them")
         if len({tuple(p.shape for p in fit.leaves) for fit in fits}) > 1:
