@@ -114,6 +114,13 @@ def test_left_open_each_ends_when_it_has_converged(monkeypatch):
     assert best.elbo_estimate(200)[0] == pytest.approx(max(best.restarts), abs=0.5)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_left_open_they_end_all_the_same(monkeypatch):
+    monkeypatch.setattr(vi.stochastic, "MOST_COMPILED_STEPS", 70)
+    found = fit(regression, from_anywhere(AutoNormal), restarts=2, compile=True)
+    assert len(found.elbo) == 70 and not found.converged
+
+
 @pytest.mark.parametrize(
     "estimator",
     [vi.Reparam(3), vi.Score(4, vi.RunningMean()), vi.Reparam(analytic_kl=True)],
@@ -244,8 +251,31 @@ class Tilted(AutoNormal):
 
 @pytest.mark.usefixtures("interpreted")
 def test_a_guide_that_is_another_each_time():
-    with pytest.warns(vi.CompileWarning, match="one fit is not that of another"):
+    with pytest.warns(vi.CompileWarning, match="not the one that was compiled"):
         found = fit(regression, Tilted(regression), steps=30, restarts=2, compile=True)
+    assert len(found.restarts) == 2
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_model_that_changes_meanwhile(monkeypatch):
+    """A tensor that another one replaces is no part of what a look at Python state compares."""
+    spread = {"scale": torch.tensor(1.0)}
+
+    def model(X, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(X @ w, spread["scale"]), obs=y)
+
+    original = together.Together._block
+
+    def changing(self, going, most):
+        done = original(self, going, most)
+        spread["scale"] = torch.tensor(3.0)
+        return done
+
+    monkeypatch.setattr(together.Together, "_block", changing)
+    with pytest.warns(vi.CompileWarning, match="one after the other"):
+        found = fit(model, AutoNormal, steps=50, restarts=2, compile=True)
     assert len(found.restarts) == 2
 
 

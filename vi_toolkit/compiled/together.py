@@ -7,7 +7,8 @@ the draws come from one source, so that they are others than if the fits ran one
 
 Before the first of these steps, every fit's own eager step is held against the graph that is
 vectorised, with the same draws: a fit of which the program is not true (its guide drew something
-for itself when it was made) is found then, and the fits run one after the other.
+for itself when it was made) is found then, and the fits run one after the other. So is a model
+that changes meanwhile, by the same comparison at the end.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Together:
         fit.rng = torch.get_rng_state()
 
     def advance(self, steps: int | None, report: Callable[[int, float], None]) -> None:
-        """Take steps until each fit has taken so many, or has converged if None.
+        """Take steps until each fit has taken so many, or, if None, has converged or taken most.
 
         Args:
             report: called after each call of the program with the steps that it took and the
@@ -99,7 +100,9 @@ class Together:
             NonFiniteError: a fit's ELBO or gradient is not finite.
             CompileError: the model is no longer what was compiled.
         """
-        most = 10**9 if steps is None else steps
+        from vi_toolkit.stochastic import MOST_COMPILED_STEPS
+
+        most = MOST_COMPILED_STEPS if steps is None else steps
         report(1, float("inf"))
         going = [k for k, fit in enumerate(self.fits) if fit.step < most]
         while going:
@@ -122,6 +125,9 @@ class Together:
         changed = self.state.changed()
         if changed:
             raise CompileError(f"{changed} changes when the model or guide runs")
+        for loop in self.steps.loops.values():  # nothing leaves it unchecked
+            with self.room(0):
+                self._check(loop, 0)
 
     def _block(self, going: list[int], most: int) -> int:
         """Take some steps of the fits that still go; returns how many."""
@@ -208,6 +214,6 @@ class Together:
             fit.batches.restore(state)
         if not loop.agree(old, eager, compiled, elbo):
             raise CompileError(
-                "the step of one fit is not that of another, other parameters apart: the guide "
-                "makes something for itself, or computes with little precision"
+                "the step of one fit is not the one that was compiled: the guide makes something "
+                "for itself, the model has changed, or they compute with little precision"
             )
