@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 import vi_toolkit as vi
 from tests.estimators.checks import assert_unbiased
 from tests.estimators.models import flat, gradient, gradients
+from tests.tolerances import Z
 
 ONE = torch.ones((), dtype=torch.float64)
 PRIORS = {
@@ -64,7 +65,7 @@ def test_positive_latents_of_an_autonormal():
 
     losses = np.array([[e.loss(positive, guide) for e in (sampled, closed)] for _ in range(300)])
     difference = losses[:, 0] - losses[:, 1]
-    assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(len(losses))
+    assert abs(difference.mean()) < Z * difference.std() / math.sqrt(len(losses))
     assert losses[:, 1].std() < losses[:, 0].std()
 
     def of(estimator, draws):
@@ -76,7 +77,7 @@ def test_positive_latents_of_an_autonormal():
         return torch.stack(found)
 
     exact = of(vi.Reparam(20_000, analytic_kl=True), 1)[0]
-    # The mean of so many particles is known 20 times better than that of 50 rows of 20.
+    # Its Monte Carlo error is a fifth of that of the mean of 50 rows of 20 particles, or less.
     assert_unbiased(of(sampled, 50), exact)
 
 

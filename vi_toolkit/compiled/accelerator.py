@@ -135,13 +135,13 @@ class Accelerator:
         # The estimator may settle what it works out once (plate nesting) in its first step.
         parts = (fit.model, fit.guide) if keep else (fit.model, fit.guide, fit.estimator)
         before = PythonState(*parts)
-        place = self._place()
+        place = self.bookmark()
         with Watch() as watch, effects() as found:
             elbo = fit.one_step()
         changed = before.changed()
         if not keep:
             watch.undo()
-            self._return(place)
+            self.back_to(place)
         self.state = PythonState(fit.model, fit.guide, fit.estimator)
         if found:
             return elbo, (
@@ -197,7 +197,8 @@ class Accelerator:
 
     # ------------------------------------------------------------- both ways
 
-    def _place(self) -> tuple[Any, ...]:
+    def bookmark(self) -> tuple[Any, ...]:
+        """Where the fit is, its parameters and optimiser apart."""
         fit = self.fit
         return (
             fit.step,
@@ -208,7 +209,7 @@ class Accelerator:
             torch.get_rng_state(),
         )
 
-    def _return(self, place: tuple[Any, ...]) -> None:
+    def back_to(self, place: tuple[Any, ...]) -> None:
         fit = self.fit
         fit.step, length, fit.in_block, fit.block_sum, batches, random_state = place
         del fit.elbo[length:]
@@ -224,16 +225,16 @@ class Accelerator:
         """
         fit = self.fit
         began = time.perf_counter()
-        place = self._place()
+        place = self.bookmark()
         rows = fit.batches.several(1) if fit.batches else None
         old = [t.clone() for t in loop.carried()]
         done, compiled = loop.compute(1, rows)
-        self._return(place)
+        self.back_to(place)
         with Watch() as watch:
             elbo = fit.one_step()  # raises if it is not finite, as it should
         eager = [t.clone() for t in loop.carried()]
         watch.undo()
-        self._return(place)
+        self.back_to(place)
         assert self.state is not None
         changed = self.state.changed()
         problem = f"{changed} changes when the model or guide runs" if changed else None

@@ -68,16 +68,16 @@ class Place:
 
     @staticmethod
     def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Those of a group as one vector, or a large one as it is: with its own shape, a compiled
-        loop over it has no need of divisions to find out where it is."""
+        """Those of a group as one vector, or a single one as it is: over its own shape a compiled
+        loop has no need of divisions to find out where it is."""
         if len(tensors) == 1 and tensors[0].dim() > 1:
             return tensors[0]
         return torch.cat([t.reshape(-1) for t in tensors])
 
-    def apart(self, joined: torch.Tensor, members: Sequence[int]) -> list[torch.Tensor]:
+    def apart(self, vector: torch.Tensor, members: Sequence[int]) -> list[torch.Tensor]:
         """The opposite of :meth:`joined`."""
         shapes = [self.leaves[k].shape for k in members]
-        pieces = joined.reshape(-1).split([shape.numel() for shape in shapes])
+        pieces = vector.reshape(-1).split([shape.numel() for shape in shapes])
         return [p.view(shape) for p, shape in zip(pieces, shapes, strict=True)]
 
     def carried(self, totals: list[torch.Tensor] | None, elbo: torch.Tensor) -> list[torch.Tensor]:

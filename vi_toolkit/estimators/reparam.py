@@ -150,15 +150,13 @@ def _kl(latent: str, q: Site, prior: str, p: Site) -> torch.Tensor:
 def _on_the_models_scale(q: Any, p: Any) -> Any:
     """What a guide's Gaussian of an unconstrained latent is on the scale of the latent's prior:
     itself or, where that is positive, a LogNormal; None for other supports."""
-    if biject_to(p.support)(q.mean) is q.mean:
-        return q
     support = p.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     bound = getattr(support, "lower_bound", None)
     is_above = isinstance(support, (constraints.greater_than, constraints.greater_than_eq))
     if not is_above or torch.is_tensor(bound) or bound != 0:
-        return None
+        return q if biject_to(p.support)(q.mean) is q.mean else None
     base, dims = q, 0
     while isinstance(base, Independent):
         base, dims = base.base_dist, dims + base.reinterpreted_batch_ndims
