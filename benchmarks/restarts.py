@@ -65,7 +65,7 @@ def ours(problem: Problem, data: dict[str, torch.Tensor], restarts: int) -> Turn
     def turn(number: int) -> None:
         with borrowed_globals(first.store):
             for _ in range(number // BLOCK):
-                loop.run(BLOCK, None, [total] * restarts)
+                loop.run(BLOCK, None, total if restarts == 1 else [total] * restarts)
 
     return turn
 

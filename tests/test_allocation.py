@@ -1,17 +1,11 @@
 """Which allocations of a compiled loop may leave it, and which may not."""
 
-import contextlib
-
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
 
-import vi_toolkit as vi
-from vi_toolkit.compiled import allocation, program
-from vi_toolkit.compiled.allocation import allocate_once, allocating_once
-from vi_toolkit.compiled.program import lookups_stay_inside
+from vi_toolkit.compiled import program
+from vi_toolkit.compiled.allocation import allocate_once
+from vi_toolkit.compiled.passes import lookups_stay_inside
 
 
 def made(name, how="aoti_torch_empty_strided(1, size, stride, "):
@@ -98,42 +92,6 @@ def test_a_program_of_another_form_stays_as_it_is():
     assert parts(lost) == ([""], lost)
     for source in ("no loop\n", "    while (1) {\n    while (1) {\n", "    while (1) {\n"):
         assert allocate_once(source) == source
-
-
-def model(y):
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(pyro.sample("mean", dist.Normal(0.0, 3.0)), scale), obs=y)
-
-
-def test_a_compiled_fit_allocates_once_and_inductor_is_left_as_it_was(monkeypatch, tmp_path):
-    from torch._inductor.codegen import common
-
-    sources = []
-
-    def watched(source):
-        sources.append((source, allocate_once(source)))
-        return sources[-1][1]
-
-    monkeypatch.setattr(allocation, "allocate_once", watched)
-    monkeypatch.setattr(program, "FORMAT", str(tmp_path))  # compiled anew
-    common.init_backend_registration()
-    registered = common.device_codegens["cpu"]
-    options = {"optimizer": 0.02, "steps": 60, "progress": False}
-    eager = vi.fit(model, AutoNormal, {"y": torch.tensor(2.0)}, compile=False, **options)
-    compiled = vi.fit(model, AutoNormal, {"y": torch.tensor(2.0)}, compile=True, **options)
-    for name, value in eager.params.items():
-        torch.testing.assert_close(compiled.params[name], value, rtol=1e-4, atol=1e-5)
-    assert common.device_codegens["cpu"] is registered
-    (source, changed), *_ = (pair for pair in sources if "while (1)" in pair[0])
-
-    def in_loop(text):
-        return text.split("    while (1) {\n")[1].split("\n    }\n")[0].count("empty_strided")
-
-    assert in_loop(source) > 10 and in_loop(changed) == 1  # of the condition
-    with contextlib.suppress(KeyError), allocating_once():
-        assert common.device_codegens["cpu"] is not registered
-        raise KeyError
-    assert common.device_codegens["cpu"] is registered
 
 
 def body_of(function, *inputs):

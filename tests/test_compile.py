@@ -33,7 +33,7 @@ from pyro.infer.autoguide import (
 )
 
 import vi_toolkit as vi
-from vi_toolkit.compiled import accelerator, program, steps
+from vi_toolkit.compiled import accelerator, passes, program, steps
 from vi_toolkit.compiled.watching import PythonState, effects
 
 STEPS = 40
@@ -739,7 +739,7 @@ def test_ctrl_c_while_compiling(monkeypatch):
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(program, "_build", interrupted)
+    monkeypatch.setattr(program, "build", interrupted)
     monkeypatch.setattr(program, "_key", lambda *args: "a program that is not there")
     options = {"compile": True, "optimizer": 0.02, "progress": False}
     with pytest.warns(vi.ConvergenceWarning, match="interrupted"):
@@ -898,7 +898,7 @@ def test_a_factorisation_that_fails_makes_the_loss_nan():
     graph = program.functional(loss, [good])
     with pytest.raises(torch.linalg.LinAlgError):
         graph(bad)
-    program.failures_become_nan(graph)
+    passes.failures_become_nan(graph)
     torch.testing.assert_close(graph(good), loss(good))
     value, trace = graph(bad)
     assert value.isnan() and trace == 3
@@ -1060,7 +1060,7 @@ def loop_of(function, variable, constants):
     """(once, each) of a function of variable inputs and then constants, and what each gives."""
     graph = program.functional(function, [*variable, *constants])
     expected = graph(*variable, *constants)
-    once, each, _ = program.hoist(graph, len(variable), [False] * len(constants))
+    once, each, _ = passes.hoist(graph, len(variable), [False] * len(constants))
     given = once(*constants)
     for found, right in zip(each(*variable, *given), expected, strict=True):
         torch.testing.assert_close(found, right, equal_nan=True)

@@ -17,8 +17,11 @@ from tests.models import regression_data, regression_posterior
 from tests.test_compile import DATA, interpret, regression
 from tests.tolerances import Z
 from vi_toolkit.compiled import steps, together
-from vi_toolkit.compiled.program import functional, turn_products
+from vi_toolkit.compiled.passes import turn_products
+from vi_toolkit.compiled.place import Rows
+from vi_toolkit.compiled.program import functional
 from vi_toolkit.compiled.together import Together
+from vi_toolkit.deterministic import flat
 from vi_toolkit.stochastic import ERROR_TOLERANCE
 
 OPTIONS = {"method": "stochastic", "progress": False, "optimizer": 0.02, "seed": 3}
@@ -99,13 +102,25 @@ def test_each_has_draws_of_its_own(family, monkeypatch):
 def test_left_open_each_ends_when_it_has_converged(monkeypatch):
     data = regression_data(n=20)
     mean, covariance, _ = regression_posterior(**data)
-    found = []
+    found, ended = [], {}
+    original = Together._block
+
+    def watched(self, going, most):
+        for k, one in enumerate(self.fits):
+            if k not in going:
+                state = [flat(one.leaves), one.block_sum.clone()]
+                state += [v.clone() for p in one.leaves for v in one.optimizer.state[p].values()]
+                assert all(map(torch.equal, state, ended.setdefault(k, state)))
+        return original(self, going, most)
+
+    monkeypatch.setattr(Together, "_block", watched)
     fits = starts_of(
         lambda: found.append(fit(conjugate, AutoNormal, data, restarts=3, compile=True)),
         monkeypatch,
     )
     assert all(one.converged for one in fits)
     assert len({one.step for one in fits}) > 1  # and not all at once
+    assert ended  # and those that had ended stayed as they were
     assert all(len(one.elbo) == one.step for one in fits)
     for one in fits:  # whichever is kept, all are right
         loc = one.result()[: len(mean)]
@@ -347,7 +362,17 @@ def test_an_interrupt_returns_the_best_so_far(monkeypatch):
         return original(self, going, most)
 
     monkeypatch.setattr(together.Together, "_block", interrupted)
-    found = fit(regression, from_anywhere(AutoNormal), steps=2000, restarts=3, compile=True)
+    results = []
+    guide = from_anywhere(AutoNormal)
+    fits = starts_of(
+        lambda: results.append(fit(regression, guide, steps=2000, restarts=3, compile=True)),
+        monkeypatch,
+    )
+    for one in fits:  # none holds the memory of all
+        tensors = [*one.leaves, one.block_sum]
+        tensors += [v for p in one.leaves for v in one.optimizer.state[p].values()]
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    (found,) = results
     assert found.interrupted and 0 < len(found.elbo) < 2000
     assert len(found.restarts) == 3
     assert np.mean(found.elbo[-100:]) == pytest.approx(max(found.restarts))
@@ -364,6 +389,19 @@ def test_an_interrupt_before_the_first_step(monkeypatch):
 
 
 # ---------------------------------------------------------------- the program
+
+
+def test_rows_follow_the_tensors_that_they_are():
+    first, second, rows = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), Rows()
+    whole = rows.of("name", [first, second])
+    whole += 1
+    assert first.tolist() == [2.0, 3.0] and second.tolist() == [4.0, 5.0]
+    assert rows.of("name", [first, second]) is whole
+    second.data = torch.tensor([6.0, 7.0])  # as an optimiser that is loaded anew
+    assert rows.of("name", [first, second]).tolist() == [[2.0, 3.0], [6.0, 7.0]]
+    rows.part()
+    whole += 1
+    assert first.tolist() == [2.0, 3.0] and first.untyped_storage().nbytes() == first.nbytes
 
 
 def test_products_of_several_fits_keep_them_in_front():

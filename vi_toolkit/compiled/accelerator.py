@@ -176,8 +176,7 @@ class Accelerator:
             place = batches.state() if batches else {}
             rows = batches.several(steps) if batches else None
             steps = steps if rows is None else len(rows)
-            (block,) = loop.run(steps, rows, [fit.block_sum])
-            assert block is not None
+            block = loop.run(steps, rows, fit.block_sum)
             done = len(block.elbo)
             if done < steps and batches:
                 batches.restore(place)

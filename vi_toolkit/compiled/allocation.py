@@ -9,12 +9,7 @@ one was: the two change places after each iteration. So the program writes into 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import re
-import threading
-from collections.abc import Iterator
-from typing import Any
 
 _BEGIN, _END = "    while (1) {\n", "\n    }\n"
 _HANDLE = re.compile(r"\s*AtenTensorHandle (\w+)_handle;$")
@@ -28,7 +23,6 @@ _MOVED = re.compile(r"std::move\((\w+)\)")
 _GIVEN_UP = re.compile(r"\b(\w+)\.(?:reset|release)\(")
 _STATE = re.compile(r"\s*(\w+)\.reset\(\);\n\s*\1 = std::move\((\w+)\);$")
 _WORD = re.compile(r"\w+")
-_patching = threading.Lock()
 
 
 def allocate_once(source: str) -> str:
@@ -156,40 +150,3 @@ def _leaving(lines: list[str]) -> set[str]:
             if made and "aoti_torch_empty_strided(" not in line and not _INPUT.match(line):
                 found.update(_WORD.findall(line))
     return found
-
-
-@contextlib.contextmanager
-def allocating_once() -> Iterator[None]:
-    """Programs with a loop that inductor compiles ahead of time allocate before it.
-
-    Within this context inductor's registry has a writer of C++ that ends with
-    :func:`allocate_once`; with another version of inductor, nothing happens.
-    """
-    try:
-        from torch._inductor.codegen import common
-        from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
-
-        common.init_backend_registration()
-        registered = common.device_codegens["cpu"]
-    except (ImportError, AttributeError, KeyError):
-        yield
-        return
-    if registered.cpp_wrapper_codegen is not CppWrapperCpu:
-        yield
-        return
-
-    class Wrapper(CppWrapperCpu):
-        @staticmethod
-        def create(*_: Any, **__: Any) -> Any:
-            return Wrapper()
-
-        def generate(self, is_inference: bool) -> Any:
-            text, *others = super().generate(is_inference)
-            return dataclasses.replace(text, value=allocate_once(text.value)), *others
-
-    with _patching:
-        common.device_codegens["cpu"] = dataclasses.replace(registered, cpp_wrapper_codegen=Wrapper)
-        try:
-            yield
-        finally:
-            common.device_codegens["cpu"] = registered

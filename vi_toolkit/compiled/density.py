@@ -14,12 +14,12 @@ from typing import Any
 import pyro
 import torch
 
+from vi_toolkit.compiled.passes import hoist
 from vi_toolkit.compiled.program import (
     check_folder,
     compile_graph,
     forgetting_sources,
     functional,
-    hoist,
     quiet,
 )
 from vi_toolkit.compiled.tracing import Watch, trace_function

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,13 +104,20 @@ class Place:
             shaped = [p.view(leaf.shape) for p, leaf in zip(pieces, self.leaves, strict=True)]
             return [self.joined([shaped[k] for k in m]) for m in self.members]
 
+    def taken(self) -> tuple[tuple[float, float], ...]:
+        """Learning rate of each group and the steps that it has taken."""
+        first = [self.leaves[members[0]] for members in self.members]
+        return tuple(
+            (float(group["lr"]), float(self.optimizer.state[leaf].get("step", 0.0)))
+            for group, leaf in zip(self.groups, first, strict=True)
+        )
+
     def coefficients(self, steps: int) -> np.ndarray:
         """Those of the next steps: (steps, coefficients of all groups)."""
         columns = []
-        for rule, group, members in zip(self.rules, self.groups, self.members, strict=True):
-            taken = float(self.optimizer.state[self.leaves[members[0]]].get("step", 0.0))
+        for rule, (rate, taken) in zip(self.rules, self.taken(), strict=True):
             number = taken + np.arange(1.0, steps + 1)
-            columns += [np.broadcast_to(c, steps) for c in rule.coefficients(group["lr"], number)]
+            columns += [np.broadcast_to(c, steps) for c in rule.coefficients(rate, number)]
         return np.stack(columns, 1)
 
     def commit(self, done: int, out: Sequence[torch.Tensor], total: torch.Tensor) -> Block:
@@ -149,3 +156,151 @@ class Place:
                 for k, piece in zip(members, self.apart(group_total, members), strict=True):
                     sums[k] = piece.reshape(-1)
             return Block(elbo, torch.cat(sums))
+
+
+class Rows:
+    """Tensors of several fits as the rows of one, so that what is done to all is done once.
+
+    They stay the same objects for those who hold them; only their memory is elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, tuple[torch.Tensor, list[torch.Tensor], list[int]]] = {}
+
+    def of(self, name: Hashable, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensor whose rows these are; they are copied there if they are not, or no longer."""
+        found = self._made.get(name)
+        if found is None or found[2] != [t.data_ptr() for t in tensors]:
+            whole = torch.stack([t.detach() for t in tensors])
+            for tensor, row in zip(tensors, whole.unbind(), strict=True):
+                tensor.data = row
+            found = whole, list(tensors), [t.data_ptr() for t in tensors]
+            self._made[name] = found
+        return found[0]
+
+    def part(self) -> None:
+        """Give each tensor memory of its own again."""
+        for _, tensors, _ in self._made.values():
+            for tensor in tensors:
+                tensor.data = tensor.data.clone()
+        self._made.clear()
+
+
+class Places:
+    """Those of several fits of one kind: every tensor has one more dimension, in front.
+
+    Args:
+        each: with all parameters in use.
+    """
+
+    def __init__(self, each: Sequence[Place]):
+        self.each, self.rows = list(each), Rows()
+
+    def _parameters(self) -> list[list[torch.Tensor]]:
+        """By group."""
+        return [
+            [self.rows.of(k, [p.leaves[k] for p in self.each]) for k in members]
+            for members in self.each[0].members
+        ]
+
+    def _slots(self) -> list[list[torch.Tensor]]:
+        """By group and slot."""
+        return [
+            [self._states(k, slot) for k in members]
+            for rule, members in zip(self.each[0].rules, self.each[0].members, strict=True)
+            for slot in rule.slots
+        ]
+
+    def _states(self, k: int, name: str) -> torch.Tensor:
+        return self.rows.of((k, name), [p.optimizer.state[p.leaves[k]][name] for p in self.each])
+
+    def _buffers(self) -> list[torch.Tensor]:
+        number = len(self.each[0].buffers)
+        return [
+            self.rows.of(("buffer", j), [p.buffers[j] for p in self.each]) for j in range(number)
+        ]
+
+    @staticmethod
+    def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As :meth:`Place.joined` of each fit."""
+        if len(tensors) == 1 and tensors[0].dim() > 2:
+            return tensors[0]
+        return torch.cat([t.reshape(len(t), -1) for t in tensors], 1)
+
+    def apart(self, vectors: torch.Tensor, members: Sequence[int]) -> list[torch.Tensor]:
+        """The opposite of :meth:`joined`."""
+        shapes = [self.each[0].leaves[k].shape for k in members]
+        pieces = vectors.reshape(len(vectors), -1).split([shape.numel() for shape in shapes], 1)
+        return [p.reshape(-1, *shape) for p, shape in zip(pieces, shapes, strict=True)]
+
+    def carried(self, totals: list[torch.Tensor] | None, elbo: torch.Tensor) -> list[torch.Tensor]:
+        """As :meth:`Place.carried`."""
+        with torch.no_grad():
+            theta = [self.joined(members) for members in self._parameters()]
+            slots = [self.joined(members) for members in self._slots()]
+        sums = totals or [torch.zeros_like(t) for t in theta]
+        return [*theta, *slots, *sums, elbo.repeat(len(self.each), 1), *self._buffers()]
+
+    def totals(self, totals: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Sums of iterates, flat, by group; of a fit that stays where it is any will do."""
+        one = self.each[0]
+        some = next(t for t in totals if t is not None)
+        whole = torch.stack([some if t is None else t for t in totals])
+        pieces = self.apart(whole, range(len(one.leaves)))
+        return [self.joined([pieces[k] for k in members]) for members in one.members]
+
+    def coefficients(self, steps: int) -> np.ndarray:
+        """(steps, fits, coefficients of all groups)"""
+        known: dict[Hashable, np.ndarray] = {}
+        tables = []
+        for place in self.each:
+            taken = place.taken()
+            if taken not in known:
+                known[taken] = place.coefficients(steps)
+            tables.append(known[taken])
+        return np.stack(tables, 1)
+
+    def commit(
+        self, done: int, out: Sequence[torch.Tensor], totals: Sequence[torch.Tensor | None]
+    ) -> list[Block | None]:
+        """As :meth:`Place.commit`, of the fits that have a total; the others stay."""
+        one, given = self.each[0], iter(out)
+        going = [k for k, total in enumerate(totals) if total is not None]
+        theta = [piece for m in one.members for piece in self.apart(next(given), m)]
+        slots = [
+            piece
+            for rule, members in zip(one.rules, one.members, strict=True)
+            for _ in rule.slots
+            for piece in self.apart(next(given), members)
+        ]
+        sums: dict[int, torch.Tensor] = {}
+        for members in one.members:
+            sums.update(zip(members, self.apart(next(given), members), strict=True))
+        elbo = next(given)[:, :done].tolist()
+        into = [t for group in (*self._parameters(), *self._slots()) for t in group]
+        into += self._buffers()
+        counters = [
+            self._states(k, "step")
+            for rule, members in zip(one.rules, one.members, strict=True)
+            if rule.counted
+            for k in members
+        ]
+        with torch.no_grad():
+            values = [*theta, *slots, *given]
+            steps = torch.zeros(len(self.each))
+            steps[going] = float(done)
+            if len(going) < len(self.each):
+                moved = steps > 0
+                values = [
+                    torch.where(moved.view(-1, *[1] * (old.dim() - 1)), new, old)
+                    for new, old in zip(values, into, strict=True)
+                ]
+            torch._foreach_copy_(into, values)
+            for counter in counters:
+                counter += steps
+            whole = torch.cat([sums[k].reshape(len(self.each), -1) for k in sorted(sums)], 1)
+        rows = whole.unbind()
+        blocks: list[Block | None] = [None] * len(self.each)
+        for k in going:
+            blocks[k] = Block(elbo[k], rows[k])
+        return blocks

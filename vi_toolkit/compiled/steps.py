@@ -8,22 +8,23 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.infer import ELBO
 
-from vi_toolkit.compiled.place import Block, Place
-from vi_toolkit.compiled.program import (
-    check_folder,
-    compile_loop,
+from vi_toolkit.compiled.passes import (
     failures_become_nan,
-    forgetting_sources,
-    functional,
     hoist,
     lookups_stay_inside,
     replace_draws,
     turn_products,
     write_in,
+)
+from vi_toolkit.compiled.place import Block, Place, Places
+from vi_toolkit.compiled.program import (
+    check_folder,
+    compile_loop,
+    forgetting_sources,
+    functional,
 )
 from vi_toolkit.compiled.tracing import trace_step
 from vi_toolkit.errors import CompileError
@@ -104,9 +105,7 @@ class CompiledSteps:
         if total is None:
             with torch.no_grad():
                 total = torch.cat([torch.zeros_like(p).reshape(-1) for p in self.leaves])
-        (block,) = self.loop(None if rows is None else rows.shape[1]).run(steps, rows, [total])
-        assert block is not None
-        return block
+        return self.loop(None if rows is None else rows.shape[1]).run(steps, rows, total)
 
     def loss(self, *rows: torch.Tensor) -> torch.Tensor:
         data, handler = (
@@ -147,6 +146,7 @@ class Loop:
                 raise CompileError("the loss does not depend on all of the parameters")
             buffers = [_counterpart(t, steps, other) for t in traced.buffers]
             self.places.append(Place(other.leaves, other.optimizer, traced, buffers))
+        self.place: Any = place if len(self.places) == 1 else Places(self.places)
         self.read = traced.read
         self.constants = [leaves[k] for k in idle] + traced.constants
 
@@ -224,16 +224,11 @@ class Loop:
 
     # ------------------------------------------------------------- one call
 
-    def run(
-        self, steps: int, rows: torch.Tensor | None, totals: Sequence[torch.Tensor | None]
-    ) -> list[Block | None]:
-        """See :meth:`CompiledSteps.take`: a total and a block for each of the fits, where there
-        are several with their indices side by side, (steps, fits, batch). A fit whose total is
-        None stays where it is."""
-        sums = [
-            None if total is None else place.totals(total)
-            for place, total in zip(self.places, totals, strict=True)
-        ]
+    def run(self, steps: int, rows: torch.Tensor | None, total: Any) -> Any:
+        """See :meth:`CompiledSteps.take`. Of several fits ``total`` is a list, and so is what
+        comes back; their indices lie side by side, (steps, fits, batch). A fit whose total is None
+        stays where it is, and has no block."""
+        sums = self.place.totals(total)
         before = torch.get_rng_state()
         done, out = self.compute(steps, rows, sums)
         if 0 < done < steps:  # once more, up to the step that is not finite
@@ -241,18 +236,16 @@ class Loop:
             done, out = self.compute(done, rows, sums)
         if done == 0:
             torch.set_rng_state(before)
-            return [None if total is None else Block([], total) for total in totals]
-        each = [out] if len(self.places) == 1 else zip(*out, strict=True)
-        return [
-            None if total is None else place.commit(done, mine, total)
-            for place, mine, total in zip(self.places, each, totals, strict=True)
-        ]
+            if isinstance(total, torch.Tensor):
+                return Block([], total)
+            return [None if t is None else Block([], t) for t in total]
+        return self.place.commit(done, out, total)
 
     def compute(
         self,
         steps: int,
         rows: torch.Tensor | None,
-        totals: Sequence[list[torch.Tensor] | None] | None = None,
+        totals: list[torch.Tensor] | None = None,
     ) -> tuple[int, list[torch.Tensor]]:
         """The state after ``steps`` steps, without taking them.
 
@@ -264,8 +257,7 @@ class Loop:
         if self.rows is not None:
             assert rows is not None
             self.rows[:steps] = rows[:steps]
-        tables = [place.coefficients(steps) for place in self.places]
-        self.table[:steps] = torch.as_tensor(tables[0] if len(tables) == 1 else np.stack(tables, 1))
+        self.table[:steps] = torch.as_tensor(self.place.coefficients(steps))
         self.n.fill_(steps)
         state = [t.clone() for t in self.carried(totals)]  # the program writes into its inputs
         try:
@@ -276,13 +268,9 @@ class Loop:
         done = int(i)
         return (done if done <= steps else done - (MOST_STEPS_PER_CALL + 1)), out
 
-    def carried(
-        self, totals: Sequence[list[torch.Tensor] | None] | None = None
-    ) -> list[torch.Tensor]:
-        """What :meth:`Place.carried` says of each of the fits, stacked if there are several."""
-        totals = totals or [None] * len(self.places)
-        each = [p.carried(t, self.elbo) for p, t in zip(self.places, totals, strict=True)]
-        return each[0] if len(each) == 1 else [torch.stack(ts) for ts in zip(*each, strict=True)]
+    def carried(self, totals: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """See :meth:`Place.carried`."""
+        return self.place.carried(totals, self.elbo)
 
     def _fixed(self) -> list[torch.Tensor]:
         return [self.n, self.table, *([self.rows] if self.rows is not None else [])]

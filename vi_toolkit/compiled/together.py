@@ -102,7 +102,15 @@ class Together:
         """
         from vi_toolkit.stochastic import MOST_COMPILED_STEPS
 
-        most = MOST_COMPILED_STEPS if steps is None else steps
+        try:
+            self._advance(MOST_COMPILED_STEPS if steps is None else steps, steps is None, report)
+        finally:
+            for loop in self.steps.loops.values():
+                loop.place.rows.part()
+            for fit in self.fits:
+                fit.block_sum = fit.block_sum.clone()
+
+    def _advance(self, most: int, watched: bool, report: Callable[[int, float], None]) -> None:
         report(1, float("inf"))
         going = [k for k, fit in enumerate(self.fits) if fit.step < most]
         while going:
@@ -115,7 +123,7 @@ class Together:
             ended = [
                 k
                 for k in going
-                if self.fits[k].step >= most or (steps is None and self.fits[k].converged)
+                if self.fits[k].step >= most or (watched and self.fits[k].converged)
             ]
             going = [k for k in going if k not in ended]
             report(done, max(fit.error for fit in self.fits))

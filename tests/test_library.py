@@ -1,0 +1,100 @@
+"""The shared library of a program: made quickly, or else as inductor makes it."""
+
+import subprocess
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+import vi_toolkit as vi
+from vi_toolkit.compiled import library, program
+
+
+def model(y):
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(pyro.sample("mean", dist.Normal(0.0, 3.0)), scale), obs=y)
+
+
+def fitted(compile):
+    data = {"y": torch.tensor(2.0)}
+    return vi.fit(
+        model, AutoNormal, data, optimizer=0.02, steps=60, compile=compile, progress=False
+    )
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """Programs are compiled anew; the commands that this takes."""
+    commands = []
+    start = subprocess.Popen.__init__
+
+    def watched(self, args, *rest, **options):
+        commands.append(list(args))
+        start(self, args, *rest, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", watched)
+    monkeypatch.setattr(program, "FORMAT", str(tmp_path))
+    return commands
+
+
+def assert_as_eager(fit):
+    for name, value in fitted(False).params.items():
+        torch.testing.assert_close(fit.params[name], value, rtol=1e-4, atol=1e-5)
+
+
+def sources(commands):
+    return [a for c in commands for a in c if a.endswith((".cpp", ".hpp"))]
+
+
+def test_the_compiler_is_given_one_file_which_allocates_before_its_loop(built, monkeypatch):
+    from torch._inductor import cpu_vec_isa
+
+    tested = cpu_vec_isa.valid_vec_isa_list
+    texts = []
+
+    def watched(source):
+        texts.append((source, allocate_once(source)))
+        return texts[-1][1]
+
+    allocate_once = library.allocate_once
+    monkeypatch.setattr(library, "allocate_once", watched)
+    assert_as_eager(fitted(True))
+    assert len(sources(built)) == len(texts) <= 2  # the loop, and what leaves it
+    assert cpu_vec_isa.valid_vec_isa_list is tested
+    (source, changed), *_ = (pair for pair in texts if "while (1)" in pair[0])
+
+    def in_loop(text):
+        return text.split("    while (1) {\n")[1].split("\n    }\n")[0].count("empty_strided")
+
+    assert in_loop(source) > 10 and in_loop(changed) == 1  # of the condition
+
+
+@pytest.mark.parametrize(
+    ("text", "replacement"),
+    [
+        ("#include <memory>", "#include <no/such/header.h>"),  # the compiler fails
+        ("AOTInductorModelContainerGetNumOutputs", "AnotherName"),  # torch does not load it
+    ],
+)
+def test_where_that_fails_inductor_makes_the_library(built, monkeypatch, text, replacement):
+    entry = library.entry()
+    assert text in entry
+    monkeypatch.setattr(library, "entry", lambda: entry.replace(text, replacement))
+    assert_as_eager(fitted(True))
+    assert any(name.endswith(".kernel.cpp") for name in sources(built))
+
+
+def test_cpp_of_another_form_is_left_to_inductor():
+    with pytest.raises(ValueError, match="another form"):
+        library.without_its_container('\n} // extern "C"\nint main() {}', 1)
+
+
+def test_what_inductor_believes_of_the_processor_is_as_before_after_an_error():
+    from torch._inductor import cpu_vec_isa
+
+    tested = cpu_vec_isa.valid_vec_isa_list
+    with pytest.raises(KeyError), library.trusting_the_processor():
+        raise KeyError
+    assert cpu_vec_isa.valid_vec_isa_list is tested
