@@ -4,7 +4,8 @@
 :mod:`~vi_toolkit.compiled.tracing` records a step, :mod:`~vi_toolkit.compiled.passes` rewrites it,
 :mod:`~vi_toolkit.compiled.program` makes machine code of it, by
 :mod:`~vi_toolkit.compiled.library`; :mod:`~vi_toolkit.compiled.accelerator` decides when, and
-together with :mod:`~vi_toolkit.compiled.watching` sees to it that a compiled step stays the model's.
+together with :mod:`~vi_toolkit.compiled.watching` sees to it that a compiled step stays the
+model's.
 :mod:`~vi_toolkit.compiled.together` takes the steps of several restarts at once.
 
 What runs eagerly, and why:
