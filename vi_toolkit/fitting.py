@@ -114,7 +114,8 @@ def fit(
         compile: whether to compile. ``True`` insists, ``False`` never does, ``"auto"`` does where
             it pays, and goes on eagerly, with a warning, where it cannot be done. Of the stochastic
             method the steps are compiled, where those asked for number at least 2,000 or are left
-            open; the draws are the same either way, and so is the fit, to rounding. Of the
+            open (on a GPU only ``True`` compiles them, by CUDA graphs, which has not been tried
+            on one); the draws are the same either way, and so is the fit, to rounding. Of the
             deterministic method the log density and its gradient are, where the draws of the
             first round times the observations number at least four million.
         restarts: independent starts; the fit with the best ELBO is kept, and the ELBOs of all are
@@ -625,7 +626,8 @@ class Fit:
         if restarts * parameters > MOST_TOGETHER:
             return False
         long = steps is None or steps * restarts >= LONG_RUN
-        return self._compile is True or (self._compile == "auto" and long)
+        tried = all(p.device.type == "cpu" for p in self._values.values())
+        return self._compile is True or (self._compile == "auto" and long and tried)
 
     def _run_together(self, steps: int | None, seeds: list[int]) -> list[tuple[Any, ...]]:
         """All restarts at once; their snapshots.

@@ -21,7 +21,7 @@ from vi_toolkit.estimators.particles import is_drawn, is_term, pointwise
 from vi_toolkit.estimators.reparam import reparameterised
 from vi_toolkit.fitting import Fit, _float_dtype, fit
 from vi_toolkit.preflight import preflight
-from vi_toolkit.scope import borrowed_globals, seeded_state
+from vi_toolkit.scope import borrowed_globals, random_state, seeded_state, set_random_state
 from vi_toolkit.subsampling import Minibatches
 
 WARM_UP = 30  # steps before measuring, in which baselines learn
@@ -237,7 +237,7 @@ def _measure(
         for step in range(-WARM_UP, draws):
             for name in list(live):
                 estimator, batches, state = live[name]
-                torch.set_rng_state(state)
+                set_random_state(state)
                 try:
                     taken, found = _one(place, estimator, plan, batches)
                 except (ValueError, NotImplementedError) as error:
@@ -246,7 +246,7 @@ def _measure(
                     refused[name] = str(error).split("\n")[0]
                     del live[name]
                     continue
-                live[name] = (estimator, batches, torch.get_rng_state())
+                live[name] = (estimator, batches, random_state())
                 if step >= 0:
                     gradients.setdefault(name, []).append(found)
                     seconds.setdefault(name, []).append(taken)

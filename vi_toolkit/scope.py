@@ -16,6 +16,7 @@ from pyro.params.param_store import ParamStoreDict
 
 # Pyro's handler stack is process-wide as well, so two fits in two threads take turns.
 _LOCK = threading.RLock()
+OF_A_GPU = 16  # bytes of the state of a GPU's generator: seed and offset
 
 
 @contextlib.contextmanager
@@ -29,7 +30,8 @@ def borrowed_globals(
 
     Args:
         store: parameters to work on; they are updated in place. A fresh store if None.
-        rng_state: state of torch's CPU generator to start from; the caller's if None.
+        rng_state: state of torch's generators to start from (:func:`random_state`); the caller's if
+            None.
         dtype: default floating dtype; the caller's if None.
         validate: whether Pyro checks the arguments and samples of distributions.
 
@@ -40,15 +42,14 @@ def borrowed_globals(
     with _LOCK:
         live = pyro.get_param_store()
         theirs = (live._params, live._param_to_name, live._constraints)
-        their_rng = torch.get_rng_state()
-        their_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+        their_rng = random_state()
         their_dtype = torch.get_default_dtype()
         live._params = store._params
         live._param_to_name = store._param_to_name
         live._constraints = store._constraints
         try:
             if rng_state is not None:
-                torch.set_rng_state(rng_state)
+                set_random_state(rng_state)
             if dtype is not None:
                 torch.set_default_dtype(dtype)
             with pyro.validation_enabled(validate):
@@ -60,11 +61,45 @@ def borrowed_globals(
             store._constraints = live._constraints
             live._params, live._param_to_name, live._constraints = theirs
             torch.set_default_dtype(their_dtype)
-            torch.set_rng_state(their_rng)
-            if their_cuda is not None:
-                torch.cuda.set_rng_state_all(their_cuda)
+            set_random_state(their_rng)
+
+
+def random_state() -> torch.Tensor:
+    """State of torch's default generators: the CPU's and, once CUDA is in use, each GPU's."""
+    return _joined([torch.get_rng_state(), *_of_gpus()])
+
+
+def set_random_state(state: torch.Tensor) -> None:
+    """Set what :func:`random_state` gave, here or in a process with more or fewer GPUs."""
+    cpu, gpus = torch.get_rng_state().numel(), _of_gpus()
+    if state.numel() == cpu:
+        torch.set_rng_state(state)
+        return
+    torch.set_rng_state(state[:cpu].clone())
+    for device, one in enumerate(state[cpu:].view(-1, OF_A_GPU)[: len(gpus)]):
+        torch.cuda.set_rng_state(one.clone(), device)
 
 
 def seeded_state(seed: int) -> torch.Tensor:
-    """State of torch's CPU generator after ``torch.manual_seed(seed)``."""
-    return torch.Generator().manual_seed(seed).get_state()
+    """:func:`random_state` after ``torch.manual_seed(seed)``."""
+    devices = ["cpu", *(f"cuda:{k}" for k in range(len(_of_gpus())))]
+    return _joined([torch.Generator(d).manual_seed(seed).get_state() for d in devices])
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Whatever is drawn in the block, the generators go on from where they were."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def _of_gpus() -> list[torch.Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _joined(states: list[torch.Tensor]) -> torch.Tensor:
+    # (No operator where none is needed: a step that is being recorded would have it in it.)
+    return torch.cat(states) if len(states) > 1 else states[0]

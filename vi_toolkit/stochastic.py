@@ -33,6 +33,7 @@ from pyro.poutine.util import site_is_subsample
 from vi_toolkit.compiled.accelerator import Accelerator
 from vi_toolkit.deterministic import flat, unflat, unique_leaves
 from vi_toolkit.errors import NonFiniteError
+from vi_toolkit.scope import random_state, seeded_state, set_random_state
 from vi_toolkit.subsampling import Minibatches, PlatePlan
 
 BLOCKS = 64  # block means per look; then neighbours merge and blocks are twice as long
@@ -76,7 +77,7 @@ class Stochastic:
             if plan
             else None
         )
-        self.rng = torch.Generator().manual_seed(seed).get_state()
+        self.rng = seeded_state(seed)
         self.step = 0
         self.stage = 0
         self.block_length = FIRST_BLOCK
@@ -100,7 +101,7 @@ class Stochastic:
         if self.plan is not None and self.batches is not None:
             data, handler = self.plan.apply(self.data, self.batches.next())
         self.optimizer.zero_grad(set_to_none=True)
-        before = torch.get_rng_state()
+        before = random_state()
         with handler, warnings.catch_warnings():
             # Pyro warns of what is raised below, with the site's name.
             warnings.filterwarnings("ignore", message="Encountered ")
@@ -110,7 +111,7 @@ class Stochastic:
             None,
         )
         if not math.isfinite(loss) or bad_gradient is not None:
-            torch.set_rng_state(before)
+            set_random_state(before)
             raise blame(self, data, handler, loss, bad_gradient)
         self.check_parameters()
         self.optimizer.step()
@@ -176,7 +177,7 @@ class Stochastic:
         (root 2 times that for a log scale). Parameters that the guide's density does not depend
         on (of the model) get the unit 0: their error is not judged.
         """
-        state = torch.get_rng_state()
+        state = random_state()
         torch.manual_seed(self.step)
         total = torch.zeros_like(self.block_sum)
         data: Mapping[str, Any] = self.data
@@ -205,7 +206,7 @@ class Stochastic:
                     for p, g in zip(self.leaves, grads, strict=True)
                 ]
             ).square()
-        torch.set_rng_state(state)
+        set_random_state(state)
         return (total / draws).sqrt()
 
     def result(self) -> torch.Tensor:
@@ -233,7 +234,7 @@ class Stochastic:
             stop: asked after each look at a stage; the fit's own rule if None.
         """
         end = None if steps is None else self.step + steps
-        torch.set_rng_state(self.rng)
+        set_random_state(self.rng)
         try:
             self.accelerator.begin(steps)
             while (left := self._left(end)) > 0:
@@ -247,7 +248,7 @@ class Stochastic:
                     self.accelerator.look_around()
             self.accelerator.finish()
         finally:
-            self.rng = torch.get_rng_state()
+            self.rng = random_state()
 
     def _left(self, end: int | None) -> int:
         if end is None:

@@ -16,7 +16,9 @@ What runs eagerly, and why:
   run: a compiled step would not repeat it;
 * estimators without a ``differentiable_loss`` (Pyro's RenyiELBO, TraceGraph_ELBO);
 * optimisers other than Adam, AdamW, SGD and RMSprop, and a learning rate that is a tensor;
-* parameters of different precisions, or not on the CPU;
+* parameters of different precisions or on different devices;
+* on a GPU, unless ``compile=True`` asks for it: :mod:`~vi_toolkit.compiled.replay` has not run on
+  one yet;
 * no C++ compiler, unless the program is in the cache from an earlier run.
 
 What runs in turn, of several restarts: all of that, guides that close over a network or a tensor

@@ -19,8 +19,6 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vi_toolkit.compiled.steps import (
     MOST_STEPS_PER_CALL,
     CompiledSteps,
@@ -30,6 +28,7 @@ from vi_toolkit.compiled.steps import (
 from vi_toolkit.compiled.tracing import Watch
 from vi_toolkit.compiled.watching import PythonState, effects
 from vi_toolkit.errors import CompileError, CompileWarning
+from vi_toolkit.scope import random_state, set_random_state
 
 if TYPE_CHECKING:
     from vi_toolkit.stochastic import Stochastic
@@ -74,7 +73,8 @@ class Accelerator:
         batches = self.fit.batches
         # The short last minibatch of each epoch is another program, which must pay for itself.
         self.ragged_pays = batches is None or horizon // batches.per_epoch >= LONG_RUN
-        self.wanted = self.mode is True or (self.mode == "auto" and long)
+        tried = all(p.device.type == "cpu" for p in self.fit.leaves)  # see compiled.replay
+        self.wanted = self.mode is True or (self.mode == "auto" and long and tried)
         self.look_around()
 
     def look_around(self) -> None:
@@ -205,16 +205,16 @@ class Accelerator:
             fit.in_block,
             fit.block_sum.clone(),
             fit.batches.state() if fit.batches else None,
-            torch.get_rng_state(),
+            random_state(),
         )
 
     def back_to(self, place: tuple[Any, ...]) -> None:
         fit = self.fit
-        fit.step, length, fit.in_block, fit.block_sum, batches, random_state = place
+        fit.step, length, fit.in_block, fit.block_sum, batches, random = place
         del fit.elbo[length:]
         if fit.batches:
             fit.batches.restore(batches)
-        torch.set_rng_state(random_state)
+        set_random_state(random)
 
     def _check(self, loop: Loop) -> None:
         """Compute the next step both ways, compare, and leave everything as it was.
@@ -246,8 +246,8 @@ class Accelerator:
         if problem:
             if self.verified is not None:
                 fit.restore(self.verified)
-                torch.set_rng_state(fit.rng)
+                set_random_state(fit.rng)
             raise CompileError(problem)
-        self.verified = copy.deepcopy(fit.state() | {"rng": torch.get_rng_state()})
+        self.verified = copy.deepcopy(fit.state() | {"rng": random_state()})
         self.unchecked = False
         self.check_seconds += time.perf_counter() - began

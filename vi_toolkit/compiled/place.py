@@ -290,7 +290,7 @@ class Places:
             steps = torch.zeros(len(self.each))
             steps[going] = float(done)
             if len(going) < len(self.each):
-                moved = steps > 0
+                moved = (steps > 0).to(theta[0].device)
                 values = [
                     torch.where(moved.view(-1, *[1] * (old.dim() - 1)), new, old)
                     for new, old in zip(values, into, strict=True)

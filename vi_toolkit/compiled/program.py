@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from vi_toolkit.compiled.library import build, entry
 from vi_toolkit.errors import CompileError
+from vi_toolkit.scope import kept_random_state
 
 Tensors = list[torch.Tensor]
 
@@ -71,15 +72,12 @@ def forgetting_sources() -> Iterator[None]:
 
 def functional(body: Callable[..., Any], example: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     """Trace a function of tensors once more, without in-place operations."""
-    random_state = torch.get_rng_state()
     try:
-        with quiet():
+        with quiet(), kept_random_state():
             graph = make_fx(torch.func.functionalize(body, remove="mutations"))(*example)
     except Exception as error:
         text = str(error).split("\n")[0][:200]
         raise CompileError(f"it cannot be traced ({type(error).__name__}: {text})") from error
-    finally:
-        torch.set_rng_state(random_state)
     graph.graph.eliminate_dead_code()
     return graph
 
@@ -137,7 +135,7 @@ def _program(
         except (KeyboardInterrupt, CompileError):
             raise
         except Exception as error:
-            raise CompileError(_compile_reason(error)) from error
+            raise CompileError(compile_reason(error)) from error
         _loaded[key] = runner.run
         if len(_loaded) > _MOST_LOADED:
             _loaded.popitem(last=False)
@@ -191,7 +189,7 @@ def check_folder() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CompileError(_compile_reason(error)) from error
+        raise CompileError(compile_reason(error)) from error
     if hasattr(os, "getuid") and folder.stat().st_uid not in (*_TRUSTED, os.getuid()):
         raise CompileError(
             f"the cache folder {folder} belongs to another user; TORCHINDUCTOR_CACHE_DIR names "
@@ -225,7 +223,8 @@ def _loop(body: torch.fx.GraphModule, carried: int, inputs: int) -> torch.fx.Gra
     return torch.fx.GraphModule(root, outer)
 
 
-def _compile_reason(error: Exception) -> str:
+def compile_reason(error: Exception) -> str:
+    """Why something could not be compiled, in a sentence."""
     name, text = type(error).__name__, str(error)
     if "InvalidCxxCompiler" in name + text or "No working C++ compiler" in text:
         return "there is no working C++ compiler (set CXX to one)"

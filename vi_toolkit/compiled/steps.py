@@ -26,8 +26,10 @@ from vi_toolkit.compiled.program import (
     forgetting_sources,
     functional,
 )
+from vi_toolkit.compiled.replay import replay_loop
 from vi_toolkit.compiled.tracing import trace_step
 from vi_toolkit.errors import CompileError
+from vi_toolkit.scope import random_state, set_random_state
 from vi_toolkit.subsampling import PlatePlan
 
 MOST_STEPS_PER_CALL = 256
@@ -128,12 +130,15 @@ class Loop:
             raise CompileError(f"{type(estimator).__name__} has no differentiable_loss")
         if len({p.dtype for p in leaves}) > 1:
             raise CompileError("the parameters are of different precisions")
-        if any(p.device.type != "cpu" for p in leaves):
-            raise CompileError("only steps on the CPU are compiled")
+        device, *others = {p.device for p in leaves}
+        if others:
+            raise CompileError("the parameters are on different devices")
+        if device.type not in ("cpu", "cuda"):
+            raise CompileError("only steps on the CPU and on CUDA devices are compiled")
         examples: list[tuple[torch.Tensor, ...]] = [(), ()]
         if batch is not None:
             assert steps.plan is not None
-            rows = torch.arange(batch)
+            rows = torch.arange(batch, device=device)
             examples = [(rows,), ((steps.plan.size - 1) - rows,)]
         traced = trace_step(steps.loss, leaves, examples)
         failures_become_nan(traced.graph)
@@ -189,16 +194,14 @@ class Loop:
 
         many = [] if len(self.places) == 1 else [len(self.places)]
         width = sum(len(r.coefficients(0.1, 1.0)) for r in place.rules)
-        self.elbo = torch.zeros(MOST_STEPS_PER_CALL, dtype=traced.loss_dtype)
-        self.table = torch.zeros(MOST_STEPS_PER_CALL, *many, width, dtype=leaves[0].dtype)
-        self.rows = (
-            None
-            if batch is None
-            else torch.zeros(MOST_STEPS_PER_CALL, *many, batch, dtype=torch.long)
-        )
-        self.n = torch.zeros((), dtype=torch.long)
+        most = MOST_STEPS_PER_CALL
+        counts: dict[str, Any] = {"dtype": torch.long, "device": device}
+        self.elbo = torch.zeros(most, dtype=traced.loss_dtype, device=device)
+        self.table = torch.zeros((most, *many, width), dtype=leaves[0].dtype, device=device)
+        self.rows = None if batch is None else torch.zeros((most, *many, batch), **counts)
+        self.n = torch.zeros((), **counts)
         carried, fixed = self.carried(), self._fixed()
-        first = torch.zeros((), dtype=torch.long)
+        first = torch.zeros((), **counts)
         if many:
             carried_by_one = place.carried(None, self.elbo)
             given_to_one = [self.n, *(t[:, 0] for t in fixed[1:])]
@@ -220,7 +223,8 @@ class Loop:
         self._refresh()
         self.inputs = write_in(each, variable, self.invariants, unchanging)
         self.invariants = [self.invariants[k] for k in self.inputs]
-        self.program = compile_loop(each, carried, [*fixed, *self.invariants], checked)
+        compiler = compile_loop if device.type == "cpu" else replay_loop
+        self.program = compiler(each, carried, [*fixed, *self.invariants], checked)
 
     # ------------------------------------------------------------- one call
 
@@ -229,13 +233,13 @@ class Loop:
         comes back; their indices lie side by side, (steps, fits, batch). A fit whose total is None
         stays where it is, and has no block."""
         sums = self.place.totals(total)
-        before = torch.get_rng_state()
+        before = random_state()
         done, out = self.compute(steps, rows, sums)
         if 0 < done < steps:  # once more, up to the step that is not finite
-            torch.set_rng_state(before)
+            set_random_state(before)
             done, out = self.compute(done, rows, sums)
         if done == 0:
-            torch.set_rng_state(before)
+            set_random_state(before)
             if isinstance(total, torch.Tensor):
                 return Block([], total)
             return [None if t is None else Block([], t) for t in total]
@@ -291,9 +295,10 @@ class Loop:
             indices = torch.zeros_like(self.rows[:, 0])
             indices[:1] = rows
             given.append(indices)
-        first = torch.zeros((), dtype=torch.long)
         with torch.no_grad():
-            _, *out = self.alone(first, *self.state_of(k), *given, *self.constants)
+            _, *out = self.alone(
+                torch.zeros_like(self.n), *self.state_of(k), *given, *self.constants
+            )
         return out
 
     def agree(

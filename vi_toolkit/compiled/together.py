@@ -30,6 +30,7 @@ from vi_toolkit.compiled.steps import (
 from vi_toolkit.compiled.tracing import Watch
 from vi_toolkit.compiled.watching import PythonState, effects
 from vi_toolkit.errors import CompileError
+from vi_toolkit.scope import random_state, set_random_state
 
 if TYPE_CHECKING:
     from vi_toolkit.stochastic import Stochastic
@@ -75,7 +76,7 @@ class Together:
 
     def _first_step(self, fit: Stochastic) -> None:
         """Eager; the first fit's shows what model and guide do besides computing."""
-        torch.set_rng_state(fit.rng)
+        set_random_state(fit.rng)
         if self.state is not None:
             fit.one_step()
         else:
@@ -87,7 +88,7 @@ class Together:
                 what = f"calls {found[0]}()" if found else f"changes {changed}"
                 raise CompileError(f"the model or guide {what}")
             self.state = PythonState(fit.model, fit.guide, fit.estimator)
-        fit.rng = torch.get_rng_state()
+        fit.rng = random_state()
 
     def advance(self, steps: int | None, report: Callable[[int, float], None]) -> None:
         """Take steps until each fit has taken so many, or, if None, has converged or taken most.
@@ -163,10 +164,10 @@ class Together:
                 some = rows[:, :1].expand(-1, len(self.fits), -1).clone()
                 some[:, going] = rows
                 rows = some
-            torch.set_rng_state(self.rng)
+            set_random_state(self.rng)
             totals = [f.block_sum if k in going else None for k, f in enumerate(self.fits)]
             blocks = loop.run(steps, rows, totals)
-            self.rng = torch.get_rng_state()
+            self.rng = random_state()
             done = len(next(block.elbo for block in blocks if block is not None))
             for fit, place in zip(fits, places, strict=False):
                 if done < steps and fit.batches:
@@ -193,11 +194,11 @@ class Together:
     def _eager(self, going: Sequence[int]) -> int:
         for k in going:
             with self.room(k):
-                torch.set_rng_state(self.rng)
+                set_random_state(self.rng)
                 try:
                     self.fits[k].one_step()
                 finally:
-                    self.rng = torch.get_rng_state()
+                    self.rng = random_state()
         return 1
 
     def _check(self, loop: Loop, k: int) -> None:
@@ -205,7 +206,7 @@ class Together:
         fit = self.fits[k]
         if fit.batches and fit.batches.next_size < fit.batches.batch:
             return  # an epoch's short end, which the program does not take
-        torch.set_rng_state(fit.rng)
+        set_random_state(fit.rng)
         before = fit.accelerator.bookmark()
         rows = fit.batches.several(1) if fit.batches else None
         old = loop.state_of(k)

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from vi_toolkit.errors import CompileError
+from vi_toolkit.scope import kept_random_state
 from vi_toolkit.vectorise import Unchecked
 
 aten = torch.ops.aten
@@ -313,10 +314,9 @@ def _record(
         dtypes.append(out[0].dtype)
         return tuple(t.detach().clone() for t in out)
 
-    random_state = torch.get_rng_state()
-    torch.manual_seed(seed)  # so that no two recordings see the same draws
     try:
-        with warnings.catch_warnings():
+        with kept_random_state(), warnings.catch_warnings():
+            torch.manual_seed(seed)  # so that no two recordings see the same draws
             warnings.simplefilter("ignore")  # they came when the step ran eagerly
             recorded = make_fx(recorded_step)(*example)
     except CompileError:
@@ -325,7 +325,6 @@ def _record(
         raise CompileError(_reason(error)) from error
     finally:
         watch.undo()
-        torch.set_rng_state(random_state)
     return _lift(recorded, len(example), leaves, watch, live, dtypes)
 
 

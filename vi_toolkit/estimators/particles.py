@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.noise import FunctionalNoise
+from vi_toolkit.scope import kept_random_state
 from vi_toolkit.vectorise import Batched
 
 Site = Any  # a node of a Pyro trace, or the message that becomes one
@@ -179,7 +180,7 @@ class ParticleELBO(ELBO):
 
     def prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         """Look at model and guide once, outside of any gradient, before they are first used."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with kept_random_state(), torch.no_grad():
             # Registers every parameter outside vmap.
             model_trace, guide_trace = run(model, guide, args, kwargs)
         self._subsamples = {

@@ -26,6 +26,7 @@ from vi_toolkit.estimators.particles import (
     run,
     terms_of,
 )
+from vi_toolkit.scope import kept_random_state
 
 
 class Reparam(ParticleELBO):
@@ -91,7 +92,7 @@ class Reparam(ParticleELBO):
             return
         # An AutoNormal draws its latents independently: none comes after another.
         found = None if type(guide) is AutoNormal else structure.read(model, guide, args, kwargs)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with kept_random_state(), torch.no_grad():
             model_trace, guide_trace = run(model, guide, args, kwargs)
         latents = [name for name, site in guide_trace.nodes.items() if is_drawn(site)]
         self.kl = {n: _kl_fitness(n, found, model_trace, guide_trace, guide) for n in latents}

@@ -28,6 +28,7 @@ from vi_toolkit.estimators.particles import (
     total,
 )
 from vi_toolkit.estimators.reparam import reparameterised
+from vi_toolkit.scope import kept_random_state
 
 
 class Score(ParticleELBO):
@@ -134,7 +135,7 @@ class Score(ParticleELBO):
     def prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         super().prepare(model, guide, args, kwargs)
         self.structure = structure.read(model, guide, args, kwargs)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with kept_random_state(), torch.no_grad():
             _, guide_trace = run(model, guide, args, kwargs)
         drawn = {n: s for n, s in guide_trace.nodes.items() if is_drawn(s)}
         self._chosen = self._choose(drawn)

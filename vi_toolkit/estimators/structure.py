@@ -39,6 +39,7 @@ from vi_toolkit.estimators.particles import (
     plates,
     run,
 )
+from vi_toolkit.scope import kept_random_state
 
 # Shares of a plate's indices whose values are exchanged. A single index cannot cancel itself, as
 # two can in a sum; many see what one index alone may not reach.
@@ -83,7 +84,7 @@ class Structure:
 
 def read(model: Any, guide: Any, args: Any, kwargs: Any) -> Structure:
     """Run model and guide a few times and report their structure. Draws no caller's randomness."""
-    with torch.random.fork_rng(devices=[]), pyro.validation_enabled(False):
+    with kept_random_state(), pyro.validation_enabled(False):
         with torch.no_grad():
             traces = run(model, guide, args, kwargs)
         structure = Structure([n for n, s in traces[1].nodes.items() if is_drawn(s)])
