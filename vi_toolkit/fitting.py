@@ -797,7 +797,7 @@ class Fit:
             for frame in site["cond_indep_stack"]:
                 dim = frame.dim - site["fn"].event_dim if frame.dim is not None else 0
                 if frame.name == plan.name and site["value"].shape[dim] == size:
-                    part[name] = site["value"].index_select(dim, rows)
+                    part[name] = site["value"].index_select(dim, rows.to(site["value"].device))
         cut, full = scored(plan, part), scored(more, whole)
         for name, site in cut.nodes.items():
             frames = [f for f in site.get("cond_indep_stack", ()) if f.name == plan.name]
@@ -806,7 +806,8 @@ class Fit:
             there = full.nodes[name]["unscaled_log_prob"]
             if there.dim() < -frames[0].dim or there.shape[frames[0].dim] != size:
                 continue
-            here, there = site["unscaled_log_prob"], there.index_select(frames[0].dim, rows)
+            here = site["unscaled_log_prob"]
+            there = there.index_select(frames[0].dim, rows.to(there.device))
             if not torch.allclose(here, there, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise ValueError(
                     f"site {name!r} has another density in a minibatch than in the full data: the "

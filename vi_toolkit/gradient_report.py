@@ -271,7 +271,7 @@ def _measure(
     shapes = {n: p.shape for n, p in place._values.items()}
     moments = [
         {
-            name: {p: f(g).reshape(shapes[p]).numpy() for p, g in by.items()}
+            name: {p: f(g).reshape(shapes[p]).cpu().numpy() for p, g in by.items()}
             for name, by in stacked.items()
         }
         for f in (lambda g: g.mean(0), lambda g: g.std(0))

@@ -560,10 +560,14 @@ def _float64(x: Any) -> np.ndarray:
 
 
 def _in_double(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for name, x in data.items()
-    }
+    """Data on the CPU, numbers in float64: NUTS takes small steps one after the other."""
+
+    def moved(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.cpu().double() if x.is_floating_point() else x.cpu()
+
+    return {name: moved(x) for name, x in data.items()}
 
 
 def _checked(model: Callable[..., Any], data: Any) -> dict[str, Any]:

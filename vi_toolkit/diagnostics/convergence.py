@@ -57,7 +57,7 @@ def convergence(fit: Any) -> Convergence:
     r_hat = effective = gradient = gap = float("nan")
     running: Stochastic | None = fit._stochastic
     if running is not None and len(running.blocks) >= 8:
-        tail = torch.stack(running.blocks[len(running.blocks) // 4 :]).double().numpy()
+        tail = torch.stack(running.blocks[len(running.blocks) // 4 :]).double().cpu().numpy()
         r_hat, effective = split_r_hat(tail), effective_size(tail)
     elif fit._progress is not None:
         gradient = fit._progress.gradient
@@ -124,7 +124,7 @@ def when_converged(
     def rule(running: Stochastic) -> bool:
         if running.error > error or len(running.blocks) < 8:
             return False
-        tail = torch.stack(running.blocks[len(running.blocks) // 4 :]).double().numpy()
+        tail = torch.stack(running.blocks[len(running.blocks) // 4 :]).double().cpu().numpy()
         return split_r_hat(tail) < r_hat
 
     return rule

@@ -182,16 +182,16 @@ def predictive_check(
     site = site or next(iter(densities))
     if site not in densities:
         raise ValueError(f"no observed site {site!r}; there are {', '.join(densities)}")
-    observed = observed_sites(fit._model_trace)[site]["value"].double().numpy()
-    replicated = fit.predict(draws=posterior, seed=seed)[site].double().numpy()
-    log_p = densities[site].double().numpy()
+    observed = observed_sites(fit._model_trace)[site]["value"].double().cpu().numpy()
+    replicated = fit.predict(draws=posterior, seed=seed)[site].double().cpu().numpy()
+    log_p = densities[site].double().cpu().numpy()
     scalar = log_p.shape[1:] == observed.shape
     log_p = log_p.reshape(draws, -1)
     binary = scalar and bool(np.isin(observed, (0, 1)).all() and np.isin(replicated, (0, 1)).all())
     if statistics is None:
         statistics = {"mean": np.mean} if binary else STATISTICS
 
-    log_w = weights.double().numpy()
+    log_w = weights.double().cpu().numpy()
     leave_one_out = [smoothed_with_shape(log_w - column) for column in log_p.T]
     w = np.stack([weight for weight, _, _ in leave_one_out])  # (n, draws)
     with np.errstate(divide="ignore"):
