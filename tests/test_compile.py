@@ -625,6 +625,16 @@ def test_an_estimator_with_buffers():
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.usefixtures("interpreted")
+def test_an_estimator_that_settles_something_goes_on_compiled_from_a_file(tmp_path):
+    options = {"estimator": vi.Score(4, vi.RunningMean()), "optimizer": 0.02, "progress": False}
+    fit = vi.fit(regression, AutoNormal, DATA, steps=40, compile=True, **options)
+    fit.save(tmp_path / "fit")
+    loaded = vi.load(tmp_path / "fit", regression, AutoNormal)
+    assert np.array_equal(fit.extend(20).elbo, loaded.extend(20).elbo)
+    assert loaded._stochastic.accelerator.active
+
+
 def test_a_parameter_replaced_from_outside_raises_as_it_does_eagerly():
     def callback(running):
         pyro.get_param_store()["loc"] = torch.ones(3)

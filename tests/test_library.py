@@ -86,6 +86,46 @@ def test_where_that_fails_inductor_makes_the_library(built, monkeypatch, text, r
     assert any(name.endswith(".kernel.cpp") for name in sources(built))
 
 
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [
+        (["step.so"], "step.so"),
+        (["operators.so", "operators.json"], "operators.so"),
+        (["operators.so"], None),
+        (["operators.json"], None),
+        ([], None),
+    ],
+)
+def test_a_folder_that_has_lost_a_file_has_no_library(tmp_path, there, found):
+    for name in there:
+        (tmp_path / name).touch()
+    assert library.find(tmp_path) == (found and tmp_path / found)
+
+
+def test_a_library_that_has_lost_a_file_is_made_again(monkeypatch, tmp_path):
+    """Of a program with operators that need a description: draws from a Gamma distribution."""
+
+    def guide(y):
+        a = pyro.param("a", torch.tensor(2.0), constraint=dist.constraints.positive)
+        pyro.sample("rate", dist.Gamma(a, 1.0))
+
+    def counts(y):
+        pyro.sample("y", dist.Poisson(pyro.sample("rate", dist.Gamma(1.0, 1.0))), obs=y)
+
+    def once():
+        monkeypatch.setattr(program, "_loaded", type(program._loaded)())
+        options = {"optimizer": 0.02, "steps": 30, "compile": True, "progress": False}
+        return vi.fit(counts, guide, {"y": torch.tensor(3.0)}, **options).elbo
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    elbo = once()
+    for lost in ("json", "so"):
+        (file,) = (tmp_path / "vi_toolkit").glob(f"*/operators.{lost}")
+        file.unlink()
+        assert (once() == elbo).all() and file.exists()
+    assert len(list((tmp_path / "vi_toolkit").iterdir())) == 1
+
+
 def test_cpp_of_another_form_is_left_to_inductor():
     with pytest.raises(ValueError, match="another form"):
         library.without_its_container('\n} // extern "C"\nint main() {}', 1)

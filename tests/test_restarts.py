@@ -3,6 +3,7 @@
 import contextvars
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -18,7 +19,7 @@ from tests.test_compile import DATA, interpret, regression
 from tests.tolerances import Z
 from vi_toolkit.compiled import steps, together
 from vi_toolkit.compiled.passes import turn_products
-from vi_toolkit.compiled.place import Rows
+from vi_toolkit.compiled.place import Place, Places, Rows
 from vi_toolkit.compiled.program import functional
 from vi_toolkit.compiled.together import Together
 from vi_toolkit.deterministic import flat
@@ -59,6 +60,12 @@ def starts_of(one, monkeypatch):
         patch.setattr(Together, "__init__", keeping)
         one()
     return seen
+
+
+def has_memory_of_its_own(one):
+    tensors = [*one.leaves, one.block_sum]
+    tensors += [v for p in one.leaves for v in one.optimizer.state[p].values()]
+    return all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
 
 
 # ---------------------------------------------------------------- the same fits
@@ -129,6 +136,28 @@ def test_left_open_each_ends_when_it_has_converged(monkeypatch):
     (best,) = found
     assert best.converged and len(best.restarts) == 3
     assert best.elbo_estimate(200)[0] == pytest.approx(max(best.restarts), rel=1e-6)
+
+
+def test_in_the_row_of_a_fit_that_has_ended_another_one_goes():
+    """So that no step of one that has ended can end the steps of all."""
+    leaves = [[torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]]
+    traced = SimpleNamespace(live=[0])
+    for (leaf,) in leaves:
+        leaf.requires_grad_().grad = torch.ones(2)
+    optimizers = [torch.optim.Adam(mine) for mine in leaves]
+    for optimizer in optimizers:
+        optimizer.step()
+    places = Places(
+        [Place(mine, o, traced, []) for mine, o in zip(leaves, optimizers, strict=True)]
+    )
+    first, second = (mine[0].detach().clone() for mine in leaves)
+    sums = places.totals([None, torch.zeros(2)])
+    theta, *others, elbo = places.carried(sums, torch.zeros(4))
+    assert torch.equal(theta, torch.stack([second, second]))
+    blocks = places.commit(1, [theta + 1, *others, elbo], [None, torch.zeros(2)])
+    assert blocks[0] is None and blocks[1].elbo == [0.0]
+    assert torch.equal(leaves[0][0], first) and torch.equal(leaves[1][0], second + 1)
+    assert [float(o.state[m[0]]["step"]) for o, m in zip(optimizers, leaves, strict=True)] == [1, 2]
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -308,6 +337,50 @@ def test_a_model_that_changes_meanwhile(seen, says, monkeypatch):
     assert "one after the other" in str(given[0].message)
 
 
+@pytest.mark.parametrize("from_call", [1, 3])
+def test_a_program_that_is_wrong(from_call, monkeypatch):
+    """Held against the graph that it was made of, at the start and at the end."""
+    calls = 0
+
+    def compile_wrongly(*given):
+        run = interpret(*given)
+
+        def wrong(inputs):
+            nonlocal calls
+            calls += 1
+            out = run(inputs)
+            if calls >= from_call:
+                out[2] = out[2] + 0.5  # a slot of the optimiser
+            return out
+
+        return wrong
+
+    monkeypatch.setattr(steps, "compile_loop", compile_wrongly)
+    guide = from_anywhere(AutoDelta)
+    options = {"steps": 700, "restarts": 3}  # (of which one after the other none is compiled)
+    with pytest.warns(vi.CompileWarning, match="not the one that was recorded"):
+        found = fit(regression, guide, **options)
+    assert calls >= from_call
+    alone = fit(regression, guide, compile=False, **options)
+    np.testing.assert_allclose(found.restarts, alone.restarts, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_parameter_without_elements():
+    def model(y):
+        empty = pyro.param("empty", torch.zeros(0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(w + empty.sum(), 1.0), obs=y)
+
+    data = {"y": torch.tensor(2.0)}
+    options = {"steps": 30, "restarts": 3}
+    alone, at_once = (
+        fit(model, from_anywhere(AutoDelta, model), data, compile=c, **options)
+        for c in (False, True)
+    )
+    np.testing.assert_allclose(at_once.restarts, alone.restarts, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("interpreted")
 def test_a_model_that_cannot_be_compiled_says_so():
     def model(X, y):
@@ -368,10 +441,7 @@ def test_an_interrupt_returns_the_best_so_far(monkeypatch):
         lambda: results.append(fit(regression, guide, steps=2000, restarts=3, compile=True)),
         monkeypatch,
     )
-    for one in fits:  # none holds the memory of all
-        tensors = [*one.leaves, one.block_sum]
-        tensors += [v for p in one.leaves for v in one.optimizer.state[p].values()]
-        assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+    assert all(map(has_memory_of_its_own, fits))
     (found,) = results
     assert found.interrupted and 0 < len(found.elbo) < 2000
     assert len(found.restarts) == 3
@@ -386,6 +456,18 @@ def test_an_interrupt_before_the_first_step(monkeypatch):
     monkeypatch.setattr(together.Together, "_first_step", interrupted)
     found = fit(regression, from_anywhere(AutoNormal), steps=2000, restarts=3, compile=True)
     assert found.interrupted and len(found.elbo) == 0 and len(found.restarts) == 3
+
+
+def test_an_interrupt_while_compiling(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "compile_loop", interrupted)
+    guide = from_anywhere(AutoNormal)
+    fits = starts_of(
+        lambda: fit(regression, guide, steps=2000, restarts=3, compile=True), monkeypatch
+    )
+    assert len(fits) == 3 and all(map(has_memory_of_its_own, fits))
 
 
 # ---------------------------------------------------------------- the program

@@ -132,16 +132,20 @@ class Accelerator:
     def _watched_step(self, keep: bool) -> tuple[float, str | None]:
         """One eager step, and what it shows the model to do besides computing."""
         fit = self.fit
-        # The estimator may settle what it works out once (plate nesting) in its first step.
+        # The estimator may settle what it works out once (plate nesting) in its first step, also
+        # if it is not the fit's first.
         parts = (fit.model, fit.guide) if keep else (fit.model, fit.guide, fit.estimator)
         before = PythonState(*parts)
         place = self.bookmark()
-        with Watch() as watch, effects() as found:
-            elbo = fit.one_step()
-        changed = before.changed()
-        if not keep:
-            watch.undo()
-            self.back_to(place)
+        for _ in range(1 if keep else 2):
+            with Watch() as watch, effects() as found:
+                elbo = fit.one_step()
+            changed = before.changed()
+            if not keep:
+                watch.undo()
+                self.back_to(place)
+            if found or not changed:
+                break
         self.state = PythonState(fit.model, fit.guide, fit.estimator)
         if found:
             return elbo, (

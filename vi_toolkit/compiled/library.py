@@ -38,8 +38,7 @@ def build(
     folder: Path,
     options: Mapping[str, Any],
 ) -> None:
-    """Make ``folder`` with ``step.so``, complete or not at all, and with ``step.json`` where the
-    program calls operators that have no C++ binding.
+    """Make ``folder``, where :func:`find` finds the library, complete or not at all.
 
     Args:
         graph: a function of tensors like ``inputs``.
@@ -54,23 +53,37 @@ def build(
         with trusting_the_processor():
             _write(graph, inputs, scratch, {**options, **_ONLY_CPP})
             try:
-                _translate(graph, scratch, kept)
+                _translate(graph, scratch)
+                torch._C._aoti.AOTIModelContainerRunnerCpu(str(_keep(scratch, kept)), 1)
                 quickly = True
             except InvalidCxxCompiler:
                 raise
             except (CppCompileError, RuntimeError, ValueError):
                 quickly = False
         if not quickly:
-            for name in os.listdir(scratch):
-                if name != "kept":
-                    _remove(scratch / name)
+            for path in scratch.iterdir():
+                _remove(path)
+            kept.mkdir()
             _write(graph, inputs, scratch, options)
-            os.rename(scratch / "step.so", kept / "step.so")
-            _keep_operators(scratch, kept)
+            _keep(scratch, kept)
+        if find(folder) is None:  # what is left of one, perhaps
+            shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was first: its library is the same
             os.rename(kept, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def find(folder: Path) -> Path | None:
+    """The library in a folder; None if it is not there, or not all of it.
+
+    One that calls operators without a C++ binding has another name, by which torch looks for their
+    description beside it.
+    """
+    alone, described = folder / "step.so", folder / "operators.so"
+    if alone.exists():
+        return alone
+    return described if described.exists() and described.with_suffix(".json").exists() else None
 
 
 def without_its_container(source: str, outputs: int) -> str:
@@ -134,8 +147,8 @@ def _write(
         compile_fx_aot(graph, fake, config_patches=settings)
 
 
-def _translate(graph: torch.fx.GraphModule, scratch: Path, kept: Path) -> None:
-    """Compile the C++ in ``scratch`` into a library in ``kept``, and see that it can be loaded."""
+def _translate(graph: torch.fx.GraphModule, scratch: Path) -> None:
+    """Compile the C++ in ``scratch`` into ``step.so``."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -144,15 +157,17 @@ def _translate(graph: torch.fx.GraphModule, scratch: Path, kept: Path) -> None:
     source = without_its_container(written.read_text(), len(result.args[0]))
     (scratch / "step.cpp").write_text(allocate_once(source))
     settings = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu", aot_mode=True)
-    builder = CppBuilder("step", str(scratch / "step.cpp"), settings, str(kept))
-    builder.build()
-    _keep_operators(scratch, kept)
-    torch._C._aoti.AOTIModelContainerRunnerCpu(str(kept / "step.so"), 1)
+    CppBuilder("step", str(scratch / "step.cpp"), settings, str(scratch)).build()
 
 
-def _keep_operators(scratch: Path, kept: Path) -> None:
-    for description in scratch.glob("*.wrapper.json"):
-        os.rename(description, kept / "step.json")
+def _keep(scratch: Path, kept: Path) -> Path:
+    """Move the library, and what describes its operators, to where they stay."""
+    described = list(scratch.glob("*.wrapper.json"))
+    library = kept / ("operators.so" if described else "step.so")
+    os.rename(scratch / "step.so", library)
+    for description in described:
+        os.rename(description, library.with_suffix(".json"))
+    return library
 
 
 def _remove(path: Path) -> None:

@@ -195,6 +195,7 @@ class Places:
 
     def __init__(self, each: Sequence[Place]):
         self.each, self.rows = list(each), Rows()
+        self.instead: torch.Tensor | None = None  # whose state each row has, if not its own
 
     def _parameters(self) -> list[list[torch.Tensor]]:
         """By group."""
@@ -231,21 +232,32 @@ class Places:
         """The opposite of :meth:`joined`."""
         shapes = [self.each[0].leaves[k].shape for k in members]
         pieces = vectors.reshape(len(vectors), -1).split([shape.numel() for shape in shapes], 1)
-        return [p.reshape(-1, *shape) for p, shape in zip(pieces, shapes, strict=True)]
+        return [p.reshape(len(vectors), *shape) for p, shape in zip(pieces, shapes, strict=True)]
 
     def carried(self, totals: list[torch.Tensor] | None, elbo: torch.Tensor) -> list[torch.Tensor]:
-        """As :meth:`Place.carried`."""
+        """As :meth:`Place.carried`; with ``totals``, of fits that go on in all rows."""
         with torch.no_grad():
             theta = [self.joined(members) for members in self._parameters()]
             slots = [self.joined(members) for members in self._slots()]
+            buffers = self._buffers()
+            if totals is not None and self.instead is not None:
+                theta, slots, buffers = (
+                    [t.index_select(0, self.instead) for t in ts] for ts in (theta, slots, buffers)
+                )
         sums = totals or [torch.zeros_like(t) for t in theta]
-        return [*theta, *slots, *sums, elbo.repeat(len(self.each), 1), *self._buffers()]
+        return [*theta, *slots, *sums, elbo.repeat(len(self.each), 1), *buffers]
 
     def totals(self, totals: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-        """Sums of iterates, flat, by group; of a fit that stays where it is any will do."""
+        """Sums of iterates, flat, by group.
+
+        A fit that stays where it is has none. In its row another one takes the steps meanwhile, or
+        a step of its own that is not finite would end the call for all of them.
+        """
         one = self.each[0]
-        some = next(t for t in totals if t is not None)
-        whole = torch.stack([some if t is None else t for t in totals])
+        first = next(k for k, t in enumerate(totals) if t is not None)
+        whose = [first if t is None else k for k, t in enumerate(totals)]
+        whole = torch.stack([totals[k] for k in whose])  # type: ignore[misc]
+        self.instead = torch.tensor(whose, device=whole.device) if None in totals else None
         pieces = self.apart(whole, range(len(one.leaves)))
         return [self.joined([pieces[k] for k in members]) for members in one.members]
 
@@ -297,7 +309,7 @@ class Places:
                 ]
             torch._foreach_copy_(into, values)
             for counter in counters:
-                counter += steps
+                counter += steps.to(counter.device)
             whole = torch.cat([sums[k].reshape(len(self.each), -1) for k in sorted(sums)], 1)
         rows = whole.unbind()
         blocks: list[Block | None] = [None] * len(self.each)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vi_toolkit.compiled.library import build, entry
+from vi_toolkit.compiled.library import build, entry, find
 from vi_toolkit.errors import CompileError
 from vi_toolkit.scope import kept_random_state
 
@@ -46,7 +46,7 @@ def quiet() -> Iterator[None]:
     own warnings came when it ran eagerly."""
     compiler = logging.getLogger("torch._inductor")
     level = compiler.level
-    compiler.setLevel(logging.ERROR)
+    compiler.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,10 +128,10 @@ def _program(
     if key not in _loaded:
         try:
             folder = _folder() / key
-            if not (folder / "step.so").exists():
+            if find(folder) is None:
                 with quiet():
                     build(graph(), inputs, folder, options)
-            runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / "step.so"), 1)
+            runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(find(folder)), 1)
         except (KeyboardInterrupt, CompileError):
             raise
         except Exception as error:

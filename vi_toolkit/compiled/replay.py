@@ -42,11 +42,10 @@ def replay_loop(
         new = body(torch.where(going, i, 0), *rest)
         return tuple(torch.where(going, a, b) for a, b in zip(new, (i, *state), strict=True))
 
-    inputs: list[Any] = [
-        torch.zeros((), dtype=torch.long, device=carried[0].device),
-        *carried,
-        *fixed,
-    ]
+    device = carried[0].device
+    # A number on the CPU, which may stand beside tensors on a GPU, would be read once and for all.
+    fixed = [t.to(device) for t in fixed]
+    inputs: list[Any] = [torch.zeros((), dtype=torch.long, device=device), *carried, *fixed]
     graph = functional(step, inputs)
     options = {"fallback_random": True, "assert_indirect_indexing": checked}
     try:

@@ -137,6 +137,7 @@ class Together:
         for loop in self.steps.loops.values():  # nothing leaves it unchecked
             with self.room(0):
                 self._check(loop, 0)
+            self._check_program(loop)
 
     def _block(self, going: list[int], most: int) -> int:
         """Take some steps of the fits that still go; returns how many."""
@@ -155,6 +156,7 @@ class Together:
             for k in range(len(self.fits)):
                 with self.room(k):
                     self._check(loop, k)
+            self._check_program(loop)
         began = time.perf_counter()
         with without_interrupt(), self.room(0):
             places = [f.batches.state() for f in fits if f.batches]
@@ -222,3 +224,18 @@ class Together:
                 "the step of one fit is not the one that was compiled: the guide makes something "
                 "for itself, the model has changed, or they compute with little precision"
             )
+
+    def _check_program(self, loop: Loop) -> None:
+        """Compute the next step of all fits by the program and by its graph, and compare."""
+        batches = [fit.batches for fit in self.fits if fit.batches]
+        if any(b.next_size < b.batch for b in batches):
+            return
+        places = [b.state() for b in batches]
+        rows = self._rows(self.fits, 1) if batches else None
+        for b, place in zip(batches, places, strict=True):
+            b.restore(place)
+        with self.room(0):
+            set_random_state(self.rng)
+            good = loop.true_of_all(rows)
+        if not good:
+            raise CompileError("the compiled step of several fits is not the one that was recorded")
