@@ -638,3 +638,12 @@ def test_steps_beyond_convergence():
     assert fit.converged
     assert len(fit.elbo) == 6_000
     assert float(fit.extend(1_000).params["p"]) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("family", [AutoDelta, AutoNormal])
+def test_a_look_at_the_guides_units_leaves_the_draws_as_they_were(family):
+    fit = quietly(regression, family, regression_data(n=20), steps=5)
+    with fit._room():
+        before = torch.get_rng_state()
+        fit._stochastic.natural_units()
+        assert torch.equal(torch.get_rng_state(), before)

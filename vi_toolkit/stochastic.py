@@ -33,7 +33,7 @@ from pyro.poutine.util import site_is_subsample
 from vi_toolkit.compiled.accelerator import Accelerator
 from vi_toolkit.deterministic import flat, unflat, unique_leaves
 from vi_toolkit.errors import NonFiniteError
-from vi_toolkit.scope import random_state, seeded_state, set_random_state
+from vi_toolkit.scope import kept_random_state, random_state, seeded_state, set_random_state
 from vi_toolkit.subsampling import Minibatches, PlatePlan
 
 BLOCKS = 64  # block means per look; then neighbours merge and blocks are twice as long
@@ -170,6 +170,7 @@ class Stochastic:
         self.blocks = [(a + b) / 2 for a, b in pairs]
         self.block_length *= 2
 
+    @kept_random_state()
     def natural_units(self, draws: int = 64) -> torch.Tensor:
         """Root of the guide's Fisher information per parameter: 1/sd for a location.
 
@@ -177,7 +178,6 @@ class Stochastic:
         (root 2 times that for a log scale). Parameters that the guide's density does not depend
         on (of the model) get the unit 0: their error is not judged.
         """
-        state = random_state()
         torch.manual_seed(self.step)
         total = torch.zeros_like(self.block_sum)
         data: Mapping[str, Any] = self.data
@@ -206,7 +206,6 @@ class Stochastic:
                     for p, g in zip(self.leaves, grads, strict=True)
                 ]
             ).square()
-        set_random_state(state)
         return (total / draws).sqrt()
 
     def result(self) -> torch.Tensor:
