@@ -114,6 +114,10 @@ def entry() -> str:
 
 # ------------------------------------------------------------- one way and the other
 
+_FOR_NO_DEBUGGER = {
+    "aot_inductor.enable_line_tables": False,
+    "aot_inductor.enable_frame_pointer": False,
+}
 _ONLY_CPP = {
     "aot_inductor.package": True,
     "aot_inductor.package_cpp_only": True,
@@ -149,6 +153,7 @@ def _write(
 
 def _translate(graph: torch.fx.GraphModule, scratch: Path) -> None:
     """Compile the C++ in ``scratch`` into ``step.so``."""
+    from torch._inductor import config
     from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -156,7 +161,8 @@ def _translate(graph: torch.fx.GraphModule, scratch: Path) -> None:
     (result,) = (node for node in graph.graph.nodes if node.op == "output")
     source = without_its_container(written.read_text(), len(result.args[0]))
     (scratch / "step.cpp").write_text(allocate_once(source))
-    settings = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu", aot_mode=True)
+    with config.patch(_FOR_NO_DEBUGGER):
+        settings = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu", aot_mode=True)
     CppBuilder("step", str(scratch / "step.cpp"), settings, str(scratch)).build()
 
 
