@@ -1,7 +1,5 @@
 """Steps for a GPU: the same steps on the CPU, all but the capture as a CUDA graph."""
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -9,7 +7,14 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
-from tests.test_compile import DATA, assert_same, both, mixture, regression
+from tests.test_compile import (
+    DATA,
+    assert_same,
+    both,
+    errors_both_ways,
+    mixture,
+    regression,
+)
 from vi_toolkit import scope
 from vi_toolkit.compiled import replay, steps
 
@@ -62,20 +67,7 @@ def test_restarts_at_once():
 
 
 def test_steps_after_one_that_is_not_finite_change_nothing():
-    def model(X, y):
-        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
-        a = pyro.param("a", torch.tensor(1.0))
-        with pyro.plate("data", 30):
-            pyro.sample("y", dist.Normal(X @ w, 1.0 + a.sqrt()), obs=y)  # NaN, as a falls
-
-    errors = []
-    for compile in (False, True):
-        with pytest.raises(vi.NonFiniteError) as caught:
-            vi.fit(
-                model, AutoNormal, DATA, steps=500, optimizer=0.05, compile=compile, progress=False
-            )
-        errors.append(caught.value)
-    eager, compiled = errors
+    eager, compiled = errors_both_ways()
     assert (compiled.site, compiled.step) == (eager.site, eager.step)
     assert_same(eager.fit, compiled.fit, 1e-4)
 

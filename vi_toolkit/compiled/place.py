@@ -257,7 +257,8 @@ class Places:
         first = next(k for k, t in enumerate(totals) if t is not None)
         whose = [first if t is None else k for k, t in enumerate(totals)]
         whole = torch.stack([totals[k] for k in whose])  # type: ignore[misc]
-        self.instead = torch.tensor(whose, device=whole.device) if None in totals else None
+        all_go = whose == list(range(len(whose)))
+        self.instead = None if all_go else torch.tensor(whose, device=whole.device)
         pieces = self.apart(whole, range(len(one.leaves)))
         return [self.joined([pieces[k] for k in members]) for members in one.members]
 
