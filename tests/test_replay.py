@@ -72,7 +72,7 @@ def test_steps_after_one_that_is_not_finite_change_nothing():
     assert_same(eager.fit, compiled.fit, 1e-4)
 
 
-def test_a_capture_that_fails_leaves_the_fit_eager(monkeypatch):
+def test_a_capture_that_fails_says_why(monkeypatch):
     def fails(once, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 

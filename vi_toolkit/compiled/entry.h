@@ -50,7 +50,7 @@ AOTIRuntimeError AOTInductorModelContainerDelete(void* program) {
   return AOTI_RUNTIME_SUCCESS;
 }
 
-// The runner has turned gradients off, and calls from several threads share nothing.
+// Callers have turned gradients off, and calls from several threads share nothing.
 AOTIRuntimeError AOTInductorModelContainerRun(
     void* program,
     AtenTensorHandle* inputs,

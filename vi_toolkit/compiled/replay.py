@@ -52,8 +52,6 @@ def replay_loop(
         with quiet(), torch.no_grad():
             compiled: Any = torch._inductor.compile(graph, inputs, options=options)
             return _Replayed(compiled, inputs[: 1 + len(carried)], fixed)
-    except (KeyboardInterrupt, CompileError):
-        raise
     except Exception as error:
         raise CompileError(compile_reason(error)) from error
 

@@ -200,14 +200,13 @@ class Loop:
         self.table = torch.zeros((most, *many, width), dtype=leaves[0].dtype, device=device)
         self.rows = None if batch is None else torch.zeros((most, *many, batch), **counts)
         self.n = torch.zeros((), **counts)
-        each_carries = [p.carried(None, self.elbo) for p in self.places]
-        carried = [torch.stack(ts) for ts in zip(*each_carries, strict=True)]
-        carried, fixed = carried if many else each_carries[0], self._fixed()
+        states = [p.carried(None, self.elbo) for p in self.places]
+        carried = [torch.stack(ts) for ts in zip(*states, strict=True)] if many else states[0]
+        fixed = self._fixed()
         first = torch.zeros((), **counts)
         if many:
-            carried_by_one = place.carried(None, self.elbo)
             given_to_one = [self.n, *(t[:, 0] for t in fixed[1:])]
-            self.alone = functional(body, [first, *carried_by_one, *given_to_one, *self.constants])
+            self.alone = functional(body, [first, *states[0], *given_to_one, *self.constants])
             body = _vectorised(self.alone, len(carried), len(fixed), len(self.constants))
             self.vectorised = body
         each = functional(body, [first, *carried, *fixed, *self.constants])

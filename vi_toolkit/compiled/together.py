@@ -1,14 +1,15 @@
 """Restarts at once: fits of one kind from several starts, whose steps one program takes.
 
 The compiled step of one fit is vectorised over the fits (``torch.vmap`` of its graph). On small
-models a step of ten fits costs what three or four steps of one do, and nothing is traced or
+models a step of ten fits costs what two to four steps of one do, and nothing is traced or
 compiled ten times. Each fit keeps its own parameters, optimiser, minibatches, stages and end; only
 the draws come from one source, so that they are others than if the fits ran one after the other.
 
 Before the first of these steps, every fit's own eager step is held against the graph that is
 vectorised, with the same draws: a fit of which the program is not true (its guide drew something
-for itself when it was made) is found then, and the fits run one after the other. So is a model
-that changes meanwhile, by the same comparison at the end.
+for itself when it was made) is found then, and the fits run one after the other. The program is
+held against that graph for all of them. Both are done again at the end, the first for one fit, so
+that a model that changes meanwhile is found too.
 """
 
 from __future__ import annotations
