@@ -31,8 +31,8 @@ from benchmarks.posteriordb import read_json
 from benchmarks.posteriordb_models import MODELS
 from benchmarks.step_time import logistic, schools
 from recipes import logistic_regression
-from vi_toolkit.joint import Joint
-from vi_toolkit.nuts import nuts_draws
+from vi_toolkit.programs.joint import Joint
+from vi_toolkit.reference.nuts import nuts_draws
 
 
 def cpu(f: Callable[[], Any]) -> float:

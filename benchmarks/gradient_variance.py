@@ -163,14 +163,14 @@ def main():
             continue
         data, chosen = load(), choose()
         print(f"\n{'=' * 100}\n{title}\n")
-        start = vi.gradient_report(model, guide, data, chosen, draws=options.draws)
+        start = vi.gradient_report(model, guide, data, chosen, num_draws=options.draws)
         print(start, "\n")
         # The best estimator known beforehand takes the parameters to the optimum.
         best = next(iter(chosen.values()))
         common = {"optimizer": 0.02, "progress": False}
         optimum = vi.fit(model, guide, data, estimator=best, steps=options.steps, **common,
                          method="stochastic")  # fmt: skip
-        report = vi.gradient_report(model, guide, data, chosen, at=optimum, draws=options.draws)
+        report = vi.gradient_report(model, guide, data, chosen, at=optimum, num_draws=options.draws)
         print(report, "\n")
         mean, se = optimum.elbo_estimate(1000)
         print(f"ELBO after {options.steps} steps of the first: {mean:.1f} +- {se:.1f}")

@@ -41,10 +41,14 @@ from benchmarks.posteriordb import read_draws, read_json
 from benchmarks.posteriordb_models import MODELS
 from recipes import linear_regression
 from recipes.linear_regression.exact import posterior as exact_posterior
-from vi_toolkit import deterministic as det
-from vi_toolkit.diagnostics.psis import smoothed
-from vi_toolkit.families import FullRank
-from vi_toolkit.joint import Joint, latent_sites
+from vi_toolkit.deterministic import starts
+from vi_toolkit.deterministic.families import FullRank
+from vi_toolkit.deterministic.objective import FamilyProblem
+from vi_toolkit.deterministic.run import Progress, run
+from vi_toolkit.deterministic.starts import ranked
+from vi_toolkit.diagnostics.pareto import smoothed
+from vi_toolkit.programs.joint import Joint
+from vi_toolkit.programs.sites import latent_sites
 
 DRAWS = 20_000
 
@@ -269,11 +273,11 @@ def compared_starts(name: str, model: Any, data: dict) -> str:
         spent.append(time.process_time() - began)
         return out
 
-    own_starts, det.first_problem = det.first_problem, timed
+    own_starts, starts.first_problem = starts.first_problem, timed
     try:
         of = vi.fit(model, AutoMultivariateNormal, data, progress=False)
     finally:
-        det.first_problem = own_starts
+        starts.first_problem = own_starts
     pyro.enable_validation(False)
     joint, began = Joint(model, data), time.process_time()
     generator = torch.Generator().manual_seed(0)
@@ -283,12 +287,12 @@ def compared_starts(name: str, model: Any, data: dict) -> str:
         for mean, covariance in path_gaussians(joint, start):
             tril, bad = torch.linalg.cholesky_ex(covariance)
             if not int(bad):
-                problems.append(det.FamilyProblem(joint, FullRank(mean, tril)))
+                problems.append(FamilyProblem(joint, FullRank(mean, tril)))
     z = torch.randn(25, joint.dim, generator=generator)
-    best = det.ranked(problems, z)[0]
+    best = ranked(problems, z)[0]
     seconds = time.process_time() - began
-    end = det.run(
-        det.Progress(best),
+    end = run(
+        Progress(best),
         0,
         joint.observations,
         torch.float64,
@@ -322,7 +326,7 @@ def fitted_row(name: str, label: str, of: vi.Fit, sites: dict, to_u: Callable) -
         made = of.predict(draws=draws)
         draws |= {site: made[site] for site in missing}
     elbo, se = of.elbo_estimate(DRAWS)
-    k = vi.psis(of, draws=10_000).k
+    k = vi.psis(of, num_draws=10_000).k
     return row(name, label, elbo, se, k, *errors(to_u(draws), to_u(sites)), of.seconds)
 
 

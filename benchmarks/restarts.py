@@ -26,8 +26,8 @@ from pyro.infer import Trace_ELBO
 import vi_toolkit as vi
 from benchmarks.step_time import BLOCK, PROBLEMS, RATE, TURN, Problem, Turn
 from vi_toolkit.compiled import CompiledSteps
-from vi_toolkit.deterministic import unique_leaves
-from vi_toolkit.scope import borrowed_globals, seeded_state
+from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
+from vi_toolkit.programs.leaves import unique_leaves
 
 MANY = (1, 4, 10, 32, 100)
 STEPS = 2_000
@@ -39,7 +39,7 @@ class Start:
     def __init__(self, problem: Problem, data: dict[str, torch.Tensor], seed: int):
         self.store = pyro.get_param_store().__class__()
         self.estimator: Any = Trace_ELBO()
-        with borrowed_globals(self.store, seeded_state(seed)):
+        with isolated_pyro_state(self.store, seeded_state(seed)):
             self.guide = problem.guide(problem.model)
             self.estimator.loss_and_grads(problem.model, self.guide, **data)
             self.leaves = unique_leaves()
@@ -49,7 +49,7 @@ class Start:
 
 def ours(problem: Problem, data: dict[str, torch.Tensor], restarts: int) -> Turn:
     first, *others = (Start(problem, data, seed) for seed in range(restarts))
-    with borrowed_globals(first.store, seeded_state(0)):
+    with isolated_pyro_state(first.store, seeded_state(0)):
         loop = CompiledSteps(
             problem.model,
             first.guide,
@@ -63,7 +63,7 @@ def ours(problem: Problem, data: dict[str, torch.Tensor], restarts: int) -> Turn
     total = torch.zeros(sum(p.numel() for p in first.leaves))
 
     def turn(number: int) -> None:
-        with borrowed_globals(first.store):
+        with isolated_pyro_state(first.store):
             for _ in range(number // BLOCK):
                 loop.run(BLOCK, None, total if restarts == 1 else [total] * restarts)
 

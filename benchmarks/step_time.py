@@ -34,9 +34,9 @@ from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from vi_toolkit.compiled import CompiledSteps
-from vi_toolkit.deterministic import unique_leaves
-from vi_toolkit.scope import borrowed_globals, seeded_state
-from vi_toolkit.subsampling import Minibatches, PlatePlan
+from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
+from vi_toolkit.programs.leaves import unique_leaves
+from vi_toolkit.programs.minibatches import Minibatches, PlatePlan
 
 RATE = 0.01
 BLOCK = 256  # steps per call, of ours and of lax.scan
@@ -249,7 +249,7 @@ def eager(problem: Problem, data: dict[str, torch.Tensor], jit: bool, validate: 
     plan = None if problem.plan is None else PlatePlan(*problem.plan, cut=None)
     draw = rows_of(problem)
     store = pyro.get_param_store().__class__()
-    with borrowed_globals(store, seeded_state(0)):
+    with isolated_pyro_state(store, seeded_state(0)):
         guide = problem.guide(problem.model)
         kind = JitTrace_ELBO if jit else Trace_ELBO
         loss = elbo(kind, problem.particles)
@@ -258,7 +258,7 @@ def eager(problem: Problem, data: dict[str, torch.Tensor], jit: bool, validate: 
         svi = SVI(problem.model, guide, pyro.optim.Adam({"lr": RATE}), loss)
 
     def turn(steps: int) -> None:
-        with borrowed_globals(store, validate=validate):
+        with isolated_pyro_state(store, validate=validate):
             for _ in range(steps):
                 handler: Any = contextlib.nullcontext()
                 if plan is not None:
@@ -275,7 +275,7 @@ def compiled(problem: Problem, data: dict[str, torch.Tensor]) -> Turn:
     batches = None if problem.plan is None else whole_batches(problem.plan)
     store = pyro.get_param_store().__class__()
     loss = elbo(Trace_ELBO, problem.particles)
-    with borrowed_globals(store, seeded_state(0)):
+    with isolated_pyro_state(store, seeded_state(0)):
         guide = problem.guide(problem.model)
         handler: Any = contextlib.nullcontext()
         if plan is not None:
@@ -291,7 +291,7 @@ def compiled(problem: Problem, data: dict[str, torch.Tensor]) -> Turn:
         steps.loop(None if plan is None else plan.batch)
 
     def turn(number: int) -> None:
-        with borrowed_globals(store):
+        with isolated_pyro_state(store):
             while number > 0:
                 many = min(number, BLOCK)
                 steps.take(many, batches.several(many) if batches else None)

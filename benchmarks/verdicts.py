@@ -34,8 +34,8 @@ import vi_toolkit as vi
 from benchmarks.posteriordb import read_draws, read_json
 from benchmarks.posteriordb_models import MODELS
 from recipes import eight_schools, linear_regression_ard, poisson_glm
-from vi_toolkit.joint import Joint
-from vi_toolkit.scope import borrowed_globals
+from vi_toolkit.programs.isolation import isolated_pyro_state
+from vi_toolkit.programs.joint import Joint
 
 GUIDES = {"full-rank": AutoMultivariateNormal, "mean-field": AutoNormal}
 VERDICTS = ["trust", "trust the means only", "do not trust"]
@@ -100,7 +100,7 @@ def pairs(folder: Path | None) -> Iterator[tuple[str, str, Any, dict, Any, Truth
     for name, labels in RECIPES.items():
         recipe = importlib.import_module(f"recipes.{name}")
         reference = vi.Reference.load(str(files(f"recipes.{name}") / "reference.json"))
-        of = Truth(reference.mean, reference.sd, reference.mcse_mean, reference.mcse_sd)
+        of = Truth(reference.mean, reference.sd, reference.mean_se, reference.sd_se)
         for label in labels:
             yield name, label, recipe.model, recipe.load_data(), recipe.GUIDES[label], of
     # Forms of the recipes' models: a funnel, one integrated by hand, one with a latent per datum.
@@ -111,7 +111,7 @@ def pairs(folder: Path | None) -> Iterator[tuple[str, str, Any, dict, Any, Truth
         yield "eight_schools, centred", label, eight_schools.centred, data, guide, of
     reference = vi.Reference.load(str(files("recipes.linear_regression_ard") / "reference.json"))
     keep = [i for i, n in enumerate(reference.names) if not n.startswith("log(relevance)")]
-    parts = (reference.mean, reference.sd, reference.mcse_mean, reference.mcse_sd)
+    parts = (reference.mean, reference.sd, reference.mean_se, reference.sd_se)
     of = Truth(*(part[keep] for part in parts))
     data = linear_regression_ard.load_data()
     own = {"conditional": linear_regression_ard.of_collapsed}
@@ -125,7 +125,7 @@ def pairs(folder: Path | None) -> Iterator[tuple[str, str, Any, dict, Any, Truth
             of,
         )
     reference = vi.Reference.load(poisson_glm.MIXED_REFERENCE)
-    of = Truth(reference.mean, reference.sd, reference.mcse_mean, reference.mcse_sd)
+    of = Truth(reference.mean, reference.sd, reference.mean_se, reference.sd_se)
     data = poisson_glm.load_data("sample")
     yield (
         "poisson_glm, mixed",
@@ -144,7 +144,7 @@ def pairs(folder: Path | None) -> Iterator[tuple[str, str, Any, dict, Any, Truth
         posterior = MODELS[name]
         data = posterior.prepare(read_json(folder / "data" / f"{name.split('-', 1)[0]}.json.zip"))
         sites = posterior.to_sites(read_draws(path))
-        with borrowed_globals(dtype=torch.float64):  # as vi.fit, which takes data to float64
+        with isolated_pyro_state(dtype=torch.float64):  # as vi.fit, which takes data to float64
             joint = Joint(posterior.model, data)
         u = joint.flatten({site: sites[site] for site in joint.sites}).detach().double().numpy()
         root = np.sqrt(len(u))  # thinned: as good as independent

@@ -49,7 +49,7 @@ refused = []
 for data in (here, there):
     try:
         vi.Reference.nuts(model, data, **draws)
-    except vi.ReferenceError as error:  # too few draws
+    except vi.InvalidReferenceError as error:  # too few draws
         refused.append(error.reference)
 vi.compare(b, refused[1])
 assert np.array_equal(refused[0].mean, refused[1].mean)

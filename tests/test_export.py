@@ -36,7 +36,7 @@ def fit(request):
 
 
 def test_groups_and_shapes(fit):
-    tree = fit.to_arviz(draws=50)
+    tree = fit.to_arviz(num_draws=50)
     assert tree["posterior"]["w"].shape == (1, 50, 2)
     assert tree["posterior"]["sigma"].shape == (1, 50)
     assert tree["posterior"]["mean"].shape == (1, 50, 30)  # deterministic: a function of the draws
@@ -48,7 +48,7 @@ def test_groups_and_shapes(fit):
 
 
 def test_every_group_is_at_the_same_draws(fit):
-    tree = fit.to_arviz(draws=20)
+    tree = fit.to_arviz(num_draws=20)
     w, sigma = (torch.from_numpy(tree["posterior"][k].values[0]) for k in ("w", "sigma"))
     mean = w @ fit.data["X"].T
     tight = {"rtol": 1e-4, "atol": 1e-4}  # single precision
@@ -58,7 +58,7 @@ def test_every_group_is_at_the_same_draws(fit):
 
 
 def test_predictive_draws_scatter_as_the_model_says(fit):
-    tree = fit.to_arviz(draws=2000)
+    tree = fit.to_arviz(num_draws=2000)
     mean, sigma = (tree["posterior"][k].values[0] for k in ("mean", "sigma"))
     z = (tree["posterior_predictive"]["y"].values[0] - mean) / sigma[:, None]
     n = z.size
@@ -67,7 +67,7 @@ def test_predictive_draws_scatter_as_the_model_says(fit):
 
 
 def test_attributes_are_honest(fit):
-    tree = fit.to_arviz(draws=10, seed=7)
+    tree = fit.to_arviz(num_draws=10, seed=7)
     for attributes in (tree.attrs, tree["posterior"].attrs):
         assert attributes["inference_library"] == "vi_toolkit"
         assert attributes["method"] == "deterministic"
@@ -82,13 +82,13 @@ def test_attributes_are_honest(fit):
 
 
 def test_labels(fit):
-    tree = fit.to_arviz(draws=10, dims={"w": ("predictors",)}, coords={"predictors": LABELS})
+    tree = fit.to_arviz(num_draws=10, dims={"w": ("predictors",)}, coords={"predictors": LABELS})
     assert tree["posterior"]["w"].dims == ("chain", "draw", "predictors")
     assert tree["posterior"]["w"].sel(predictors="bmi").shape == (1, 10)
 
 
 def test_arviz_can_use_and_store_it(fit, tmp_path):
-    tree = fit.to_arviz(draws=500)
+    tree = fit.to_arviz(num_draws=500)
     summary = az.summary(tree, var_names=["w", "sigma"], kind="stats")
     # The summary is rounded to three decimals.
     mean = float(tree["posterior"]["sigma"].mean())
@@ -102,7 +102,7 @@ def test_arviz_can_use_and_store_it(fit, tmp_path):
 
 def test_same_seed_same_draws_and_nothing_disturbed(fit):
     state, dtype = torch.get_rng_state(), torch.get_default_dtype()
-    one, two, other = (fit.to_arviz(draws=10, seed=s) for s in (1, 1, 2))
+    one, two, other = (fit.to_arviz(num_draws=10, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_default_dtype() == dtype
     assert len(pyro.get_param_store()) == 0
@@ -126,7 +126,7 @@ def test_the_call_of_arviz_1(fit, monkeypatch):
         return tree
 
     monkeypatch.setattr(export, "az", SimpleNamespace(__version__="1.3.0", from_dict=from_dict))
-    tree = to_arviz(fit, draws=5, dims={"w": ("predictors",)}, coords={"predictors": LABELS})
+    tree = to_arviz(fit, num_draws=5, dims={"w": ("predictors",)}, coords={"predictors": LABELS})
     ((groups, dims, coords),) = calls
     assert set(groups) == {"posterior", "posterior_predictive", "log_likelihood", "observed_data"}
     assert groups["posterior"]["w"].shape == (1, 5, 2)

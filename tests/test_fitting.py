@@ -213,7 +213,7 @@ def test_the_cost_of_a_minibatch_does_not_grow_with_the_data():
     data = regression_data(n=50_000)
     fit = quietly(regression, AutoNormal, data, subsample={"observations": 20}, steps=2)
     running = fit._stochastic
-    with fit._room(), Largest() as seen:
+    with fit._isolated(), Largest() as seen:
         running.one_step()
     assert 0 < seen.largest <= 20 * 3
 
@@ -430,7 +430,7 @@ def test_ctrl_c_returns_the_fit_so_far(monkeypatch):
 
 
 def test_ctrl_c_in_the_deterministic_method_can_be_taken_up_again(monkeypatch):
-    from vi_toolkit import deterministic
+    from vi_toolkit.deterministic import run as deterministic
 
     y = {"y": torch.randn(12, generator=torch.Generator().manual_seed(0))}
     whole = vi.fit(scale_model, AutoMultivariateNormal, y, progress=False)
@@ -469,9 +469,9 @@ def test_extend_on_a_deterministic_fit():
     fit = vi.fit(scale_model, AutoNormal, {"y": torch.randn(9)}, progress=False)
     with pytest.raises(ValueError, match="deterministic"):
         fit.extend(100)
-    draws = fit._progress.draws
+    draws = fit._progress.num_draws
     fit.extend()
-    assert fit._progress.draws == 2 * draws
+    assert fit._progress.num_draws == 2 * draws
 
 
 def test_an_unfinished_stochastic_fit_warns():
@@ -643,7 +643,7 @@ def test_steps_beyond_convergence():
 @pytest.mark.parametrize("family", [AutoDelta, AutoNormal])
 def test_a_look_at_the_guides_units_leaves_the_draws_as_they_were(family):
     fit = quietly(regression, family, regression_data(n=20), steps=5)
-    with fit._room():
+    with fit._isolated():
         before = torch.get_rng_state()
-        fit._stochastic.natural_units()
+        fit._stochastic.fisher_scale()
         assert torch.equal(torch.get_rng_state(), before)

@@ -29,15 +29,16 @@ from vi_toolkit.diagnostics import (
     warm_chains,
     when_converged,
 )
+from vi_toolkit.diagnostics.gradient_report import GradientReport, gradient_report
 from vi_toolkit.errors import (
     CompileError,
     CompileWarning,
     ConvergenceWarning,
+    InvalidReferenceError,
     LoadError,
     NonFiniteError,
     NotDeterministicError,
     PreflightError,
-    ReferenceError,
     VIError,
 )
 from vi_toolkit.estimators import (
@@ -51,8 +52,7 @@ from vi_toolkit.estimators import (
     Score,
 )
 from vi_toolkit.fitting import Fit, fit
-from vi_toolkit.gradient_report import GradientReport, gradient_report
-from vi_toolkit.reference import Reference
+from vi_toolkit.reference.reference import Reference
 from vi_toolkit.storage import load
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "Fit",
     "GradientReport",
     "GuideSuggestion",
+    "InvalidReferenceError",
     "LeaveOneOut",
     "LoadError",
     "LocalParetoK",
@@ -80,7 +81,6 @@ __all__ = [
     "PredictiveCheck",
     "PreflightError",
     "Reference",
-    "ReferenceError",
     "Reparam",
     "RunningMean",
     "Score",

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from vi_toolkit.reference import LEVELS, Reference
+from vi_toolkit.reference.reference import LEVELS, Reference
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,8 +64,8 @@ class Comparison:
             raise AssertionError("\n".join(self.reasons) + rows)
 
     def plot(self, **options: Any) -> Figure:
-        """Intervals and sd ratios; see :func:`~vi_toolkit.plots.plot_comparisons`."""
-        from vi_toolkit.plots import plot_comparisons  # matplotlib only where it is wanted
+        """Intervals and sd ratios; see :func:`~vi_toolkit.figures.plot_comparisons`."""
+        from vi_toolkit.figures import plot_comparisons  # matplotlib only where it is wanted
 
         return plot_comparisons({self.family or "VI": self}, **options)
 
@@ -80,7 +80,7 @@ def compare(
     mean_tolerance: float = 0.05,
     sd_tolerance: float = 0.05,
     correlation_tolerance: float = 0.05,
-    draws: int = 100_000,
+    num_draws: int = 100_000,
     seed: int = 0,
 ) -> Comparison:
     r"""Compare a fit with a reference posterior, scalar by scalar on the unconstrained scale.
@@ -101,7 +101,7 @@ def compare(
     the reasons say so. Nothing else widens a limit: a posterior that is not near-Gaussian is held
     to the same numbers, although the r of a mean-field guide is only approximate there.
 
-    A refused reference (``error.reference`` of a ReferenceError) confirms nothing: its rows can be
+    A refused reference (``error.reference`` of a InvalidReferenceError) confirms nothing: its rows can be
     read, but the verdict is "do not trust".
 
     Args:
@@ -110,7 +110,7 @@ def compare(
         mean_tolerance: in reference sds.
         sd_tolerance: relative.
         correlation_tolerance: absolute.
-        draws: of the fit; at least 100,000, so that its sampling error (0.003 sd) does not matter.
+        num_draws: of the fit; at least 100,000, so that its sampling error (0.003 sd) does not matter.
         seed: of these draws.
 
     Raises:
@@ -132,9 +132,9 @@ def compare(
     """
     _check_reference(reference)
     _check_names(list(fit.joint.names), reference.names)
-    if draws < 100_000:
-        raise ValueError(f"draws is {draws}; compare needs at least 100,000 of them")
-    own = fit.sample(draws, seed=seed)
+    if num_draws < 100_000:
+        raise ValueError(f"draws is {num_draws}; compare needs at least 100,000 of them")
+    own = fit.sample(num_draws, seed=seed)
     # The user's dtype may be too coarse for sums over 100,000 numbers.
     z = fit.joint.flatten({k: v.detach().cpu().double() for k, v in own.items()}).numpy()
     for name, column in zip(reference.names, z.T, strict=True):
@@ -146,7 +146,7 @@ def compare(
     sd = np.where(varies, sd, 0.0)
 
     error = (mean - m) / s
-    error_se = np.hypot(reference.mcse_mean, sd / np.sqrt(draws)) / s
+    error_se = np.hypot(reference.mean_se, sd / np.sqrt(num_draws)) / s
     mean_limit = np.maximum(mean_tolerance, STANDARD_ERRORS * error_se)
     mean_ok = np.abs(error) <= mean_limit
 
@@ -154,12 +154,12 @@ def compare(
     ratio = sd / s
     mean_field = fit.family == "mean-field" and reference.covariance is not None
     # What a mean-field sd is held against is the reference's conditional sd.
-    noise = reference.mcse_conditional_sd / (expected * s) if mean_field else reference.mcse_sd / s
+    noise = reference.conditional_sd_se / (expected * s) if mean_field else reference.sd_se / s
     kurtosis = np.zeros_like(sd)
     kurtosis[varies] = scipy.stats.kurtosis(z[:, varies])
     with np.errstate(divide="ignore", invalid="ignore"):
         # se of log sd is sqrt((kurtosis + 2) / 4n), with the excess kurtosis.
-        own_se = np.sqrt(np.maximum(kurtosis + 2, 0) / (4 * draws))
+        own_se = np.sqrt(np.maximum(kurtosis + 2, 0) / (4 * num_draws))
         log_se = np.hypot(noise, own_se)
         sd_limit = np.maximum(np.log1p(sd_tolerance), STANDARD_ERRORS * log_se)
         excess = np.log(ratio / expected)
@@ -167,7 +167,7 @@ def compare(
         # The same against the reference itself, which decides whether an sd can be used as it is.
         as_it_is = np.abs(np.log(ratio)) <= np.maximum(
             np.log1p(sd_tolerance),
-            STANDARD_ERRORS * np.hypot(reference.mcse_sd / s, own_se),
+            STANDARD_ERRORS * np.hypot(reference.sd_se / s, own_se),
         )
 
     table = pd.DataFrame(
@@ -177,9 +177,9 @@ def compare(
             "VI mean": mean,
             "VI sd": sd,
             "mean error": error,
-            "mean error se": error_se,
+            "mean_error_se": error_se,
             "sd ratio": ratio,
-            "sd ratio se": ratio * log_se,
+            "sd_ratio_se": ratio * log_se,
             "expected sd ratio": expected,
             "ok": mean_ok & sd_ok,
         },
@@ -235,7 +235,7 @@ def compare(
     correlations_ok = True
     if reference.covariance is not None and len(names) > 1:
         correlations_ok, sentence = _correlations(
-            z, varies, reference, fit.family, correlation_tolerance, draws
+            z, varies, reference, fit.family, correlation_tolerance, num_draws
         )
         if sentence:
             reasons.append(sentence)
@@ -298,7 +298,7 @@ def _correlations(
     reference: Reference,
     family: str | None,
     tolerance: float,
-    draws: int,
+    num_draws: int,
 ) -> tuple[bool, str]:
     """Whether the correlations are right (as far as the family has any), and a sentence on them."""
     names = reference.names
@@ -315,9 +315,9 @@ def _correlations(
     ours = np.zeros_like(theirs)
     ours[np.ix_(varies, varies)] = np.atleast_2d(np.corrcoef(z[:, varies], rowvar=False))
     # A correlation is made of second moments, so its effective draws are those of the sds:
-    # mcse_sd / sd = (2 n)^(-1/2).
-    relative = 2 * (reference.mcse_sd / reference.sd) ** 2
-    variance = np.maximum.outer(relative, relative) + 1 / draws
+    # sd_se / sd = (2 n)^(-1/2).
+    relative = 2 * (reference.sd_se / reference.sd) ** 2
+    variance = np.maximum.outer(relative, relative) + 1 / num_draws
     limit = np.maximum(tolerance, STANDARD_ERRORS * (1 - theirs**2) * np.sqrt(variance))
     gap = np.triu(np.abs(ours - theirs), 1) / limit
     i, j = np.unravel_index(int(np.argmax(gap)), gap.shape)

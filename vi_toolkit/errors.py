@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vi_toolkit.fitting import Fit
-    from vi_toolkit.reference import Reference
+    from vi_toolkit.reference.reference import Reference
 
 
 class VIError(Exception):
@@ -56,7 +56,7 @@ class NotDeterministicError(VIError, ValueError):
     """``method="deterministic"`` was asked for, and this model, guide or data cannot have it."""
 
 
-class ReferenceError(VIError, ValueError):
+class InvalidReferenceError(VIError, ValueError):
     """A reference posterior is refused: inconsistent, or MCMC that has not passed the rules.
 
     Attributes:

@@ -10,8 +10,9 @@ import arviz as az
 import numpy as np
 import torch
 
-from vi_toolkit.joint import observed_sites, prototype
-from vi_toolkit.scope import borrowed_globals, seeded_state
+from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
+from vi_toolkit.programs.prototype import prototype
+from vi_toolkit.programs.sites import observed_sites
 
 if TYPE_CHECKING:
     from vi_toolkit.fitting import Fit
@@ -24,7 +25,7 @@ NOTE = (
 
 def to_arviz(
     fit: Fit,
-    draws: int = 1000,
+    num_draws: int = 1000,
     seed: int = 0,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
@@ -37,7 +38,7 @@ def to_arviz(
 
     Args:
         fit: the fit.
-        draws: number of posterior draws.
+        num_draws: number of posterior draws.
         seed: of these draws.
         dims: site -> names of its dimensions, as ArviZ takes them.
         coords: dimension name -> labels.
@@ -53,10 +54,10 @@ def to_arviz(
         >>> fit.to_arviz(draws=100)["posterior"]["mu"].shape
         (1, 100)
     """
-    posterior = fit.sample(draws, seed=seed)
+    posterior = fit.sample(num_draws, seed=seed)
     # Draws come in the data's precision; so must what the model makes beside them.
     dtype = next((v.dtype for v in posterior.values() if v.is_floating_point()), None)
-    with borrowed_globals(rng_state=seeded_state(seed), dtype=dtype):
+    with isolated_pyro_state(rng_state=seeded_state(seed), dtype=dtype):
         observed = {
             name: site["value"]
             for name, site in observed_sites(prototype(fit.model, fit.data)).items()

@@ -26,9 +26,14 @@ from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
-from vi_toolkit import deterministic as det
 from vi_toolkit.compiled.accelerator import LONG_RUN
-from vi_toolkit.compiled.together import Together
+from vi_toolkit.compiled.batched import BatchedFits
+from vi_toolkit.deterministic.families import FAMILY_OF, set_parameter, write_to_guide
+from vi_toolkit.deterministic.modes import find_modes
+from vi_toolkit.deterministic.objective import FamilyProblem, GuideProblem, Problem, noise_needed
+from vi_toolkit.deterministic.run import Progress, run
+from vi_toolkit.deterministic.solver import GRADIENT_TOLERANCE
+from vi_toolkit.deterministic.starts import family_starter, first_problem, warm_started
 from vi_toolkit.errors import (
     CompileError,
     CompileWarning,
@@ -40,17 +45,19 @@ from vi_toolkit.errors import (
 from vi_toolkit.estimators import LeaveOneOut, Reparam, Score
 from vi_toolkit.estimators.particles import is_drawn
 from vi_toolkit.estimators.reparam import reparameterised
-from vi_toolkit.families import FAMILY_OF, set_parameter, write_to_guide
-from vi_toolkit.guides import private_guide
-from vi_toolkit.joint import Joint, indices, latent_sites, observed_sites, prototype
-from vi_toolkit.modes import find_modes
-from vi_toolkit.noise import FunctionalNoise, UnsupportedNoise
 from vi_toolkit.preflight import preflight
 from vi_toolkit.preflight.data import check_arguments, check_data
-from vi_toolkit.scope import borrowed_globals, seeded_state
-from vi_toolkit.stochastic import Stochastic, first_non_finite
-from vi_toolkit.subsampling import FAILURES, PlatePlan, plan_of_large_plate, plans
-from vi_toolkit.vectorise import Batched
+from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
+from vi_toolkit.programs.joint import Joint, indices
+from vi_toolkit.programs.leaves import flat, unflat
+from vi_toolkit.programs.minibatches import FAILURES, PlatePlan, plan_of_large_plate, plans
+from vi_toolkit.programs.noise import FunctionalNoise, UnsupportedNoise
+from vi_toolkit.programs.nonfinite import first_non_finite
+from vi_toolkit.programs.private_guide import private_guide
+from vi_toolkit.programs.prototype import prototype
+from vi_toolkit.programs.sites import latent_sites, observed_sites
+from vi_toolkit.programs.vectorise import Batched
+from vi_toolkit.stochastic.stages import Stochastic
 
 Model = Callable[..., Any]
 Draws = dict[str, torch.Tensor]
@@ -164,7 +171,7 @@ def fit(
 
     began = time.monotonic()
     dtype = _float_dtype(data)
-    with borrowed_globals(rng_state=seeded_state(seed), dtype=dtype):
+    with isolated_pyro_state(rng_state=seeded_state(seed), dtype=dtype):
         preflight(
             model,
             guide,
@@ -275,7 +282,7 @@ class Fit:
         self._own: set[int] = set()
         self._stochastic: Stochastic | None = None
         self._iterate = torch.empty(0)  # of the stochastic method, where its last step ended
-        self._progress: det.Progress | None = None
+        self._progress: Progress | None = None
         self._joint: Joint | None = None
         self._cannot_extend = ""
         self._compile: str | bool = "auto"
@@ -292,7 +299,7 @@ class Fit:
         if isinstance(self.guide, torch.nn.Module):
             self.guide.to(dtype)
         self._whole_traces: tuple[Any, Any] | None = None
-        with self._room(seeded_state(self.seed)), warnings.catch_warnings():
+        with self._isolated(seeded_state(self.seed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the first run will show them
             self._large = plan_of_large_plate(self.model, self._data, self._subsample)
         try:
@@ -323,7 +330,7 @@ class Fit:
         handler: contextlib.AbstractContextManager = contextlib.nullcontext()
         if plan is not None:
             data, handler = plan.apply(self._data, torch.arange(plan.batch))
-        with self._room(seeded_state(self.seed)), torch.no_grad(), handler:
+        with self._isolated(seeded_state(self.seed)), torch.no_grad(), handler:
             trace: Any = poutine.trace(self.guide).get_trace(**data)
             replayed = poutine.replay(self.model, trace=trace)
             return trace, poutine.trace(replayed).get_trace(**data)
@@ -359,13 +366,13 @@ class Fit:
         return tuple(shape)
 
     @contextlib.contextmanager
-    def _room(self, rng_state: torch.Tensor | None = None) -> Iterator[None]:
+    def _isolated(self, rng_state: torch.Tensor | None = None) -> Iterator[None]:
         """The fit's own parameter store, dtype and random state, for as long as the block runs.
 
         Parameters that belong to the caller (a network the guide closes over, a tensor given to
         ``pyro.param``) hold the fit's values inside the block only.
         """
-        with borrowed_globals(self._store, rng_state, self._dtype):
+        with isolated_pyro_state(self._store, rng_state, self._dtype):
             leaves = {n: p for n, p in self._store.named_parameters() if id(p) not in self._own}
             theirs = {n: p.detach().clone() for n, p in leaves.items()}
             with torch.no_grad():
@@ -380,7 +387,7 @@ class Fit:
                         leaf.copy_(theirs[name])
 
     def _keep(self) -> None:
-        """Take the store's present values as the fit's own. Inside :meth:`_room`."""
+        """Take the store's present values as the fit's own. Inside :meth:`_isolated`."""
         self._values = {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}
 
     def _set_up_deterministic(self, limits: bool) -> str | None:
@@ -392,7 +399,7 @@ class Fit:
             native = self._dtype
             try:
                 self._set_up(torch.float64)
-                with self._room(seeded_state(self.seed)):
+                with self._isolated(seeded_state(self.seed)):
                     finite = self._make_joint().gradients(self.joint.start[None])
                     if not torch.is_tensor(finite[1]):
                         raise RuntimeError
@@ -401,7 +408,7 @@ class Fit:
                 # precision and will not mix with double.
                 self._joint = None
                 self._set_up(native)
-        with self._room(seeded_state(self.seed)):
+        with self._isolated(seeded_state(self.seed)):
             try:
                 joint = self._make_joint()
             except NotImplementedError as error:  # a support without a bijection to the reals
@@ -429,7 +436,7 @@ class Fit:
                     )
             if self.family is None:
                 try:
-                    det.noise_needed(self.guide, self._data)
+                    noise_needed(self.guide, self._data)
                 except UnsupportedNoise as error:
                     return str(error)
         return None
@@ -467,9 +474,9 @@ class Fit:
 
     @property
     def joint(self) -> Joint:
-        """The model's unconstrained log joint density (:class:`~vi_toolkit.joint.Joint`)."""
+        """The model's unconstrained log joint density (:class:`~vi_toolkit.programs.joint.Joint`)."""
         if self._joint is None:
-            with self._room(seeded_state(self.seed)):
+            with self._isolated(seeded_state(self.seed)):
                 self._make_joint()
         assert self._joint is not None
         return self._joint
@@ -483,17 +490,17 @@ class Fit:
             if self.progress:
                 bar.set_description_str(f"fit: {message}")
 
-        def checkpoint(progress: det.Progress) -> None:
+        def checkpoint(progress: Progress) -> None:
             self._write_solution(progress)
 
         try:
-            with self._room(seeded_state(self.seed)):
+            with self._isolated(seeded_state(self.seed)):
                 self._compile_density(report)
                 if self._progress is None:
                     problem = self._first_problem(16 * restarts, report)
-                    self._progress = det.Progress(problem)
+                    self._progress = Progress(problem)
                     self._write_solution(self._progress)
-                det.run(
+                run(
                     self._progress,
                     self.seed,
                     self.joint.observations,
@@ -519,37 +526,37 @@ class Fit:
             report("compiling the log density")
             self.joint.compile(insist=self._compile is True)
 
-    def _first_problem(self, starts: int, report: Callable[[str], None]) -> det.Problem:
+    def _first_problem(self, starts: int, report: Callable[[str], None]) -> Problem:
         joint = self.joint
         kind = type(self.guide)
         if kind in FAMILY_OF:
-            family, isotropic = det.family_starter(kind, getattr(self.guide, "rank", None))
-            problem = det.first_problem(joint, family, isotropic, starts, self.seed, report)
+            family, isotropic = family_starter(kind, getattr(self.guide, "rank", None))
+            problem = first_problem(joint, family, isotropic, starts, self.seed, report)
             if problem is None:
                 self._raise_non_finite()
             assert problem is not None
             return problem
         report("looking for modes")
         modes = find_modes(joint, starts, self.seed, report=report)
-        noise = det.noise_needed(self.guide, self._data)
+        noise = noise_needed(self.guide, self._data)
         if modes and kind is AutoLaplaceApproximation:
             set_parameter(self.guide, "loc", modes[0].location)
         if modes and kind is AutoDelta:
             for name, value in joint.unflatten(modes[0].location).items():
                 set_parameter(self.guide, name, value)
-        general = det.GuideProblem(self.model, self.guide, self._data, joint, noise)
-        return det.warm_started(general, modes, self.seed) if noise else general
+        general = GuideProblem(self.model, self.guide, self._data, joint, noise)
+        return warm_started(general, modes, self.seed) if noise else general
 
-    def _write_solution(self, progress: det.Progress) -> None:
+    def _write_solution(self, progress: Progress) -> None:
         """Put the solution into the guide's parameters (inside the room)."""
-        if isinstance(progress.problem, det.FamilyProblem):
+        if isinstance(progress.problem, FamilyProblem):
             write_to_guide(self.guide, self.joint, progress.problem.q)
-        elif isinstance(progress.problem, det.GuideProblem):
-            det.unflat(progress.problem.origin, progress.problem.leaves)
+        elif isinstance(progress.problem, GuideProblem):
+            unflat(progress.problem.origin, progress.problem.leaves)
         self._keep()
 
     def _raise_non_finite(self) -> None:
-        with self._room(seeded_state(self.seed)):
+        with self._isolated(seeded_state(self.seed)):
             trace = prototype(self.model, self._data)
             found = first_non_finite(trace, "model")
         where = found[2] if found else "its log joint density is not finite"
@@ -646,7 +653,7 @@ class Fit:
         def room(k: int) -> Iterator[None]:
             # No parameter is the caller's, or two fits would share it, which is refused.
             self._return_to(starts[k])
-            with borrowed_globals(self._store, None, self._dtype):
+            with isolated_pyro_state(self._store, None, self._dtype):
                 yield
 
         bar = tqdm(total=steps, disable=not self.progress, desc=f"{len(seeds)} fits", unit="step")
@@ -658,7 +665,7 @@ class Fit:
 
         failed = None
         try:
-            Together([start[-1] for start in starts], room).advance(steps, report)
+            BatchedFits([start[-1] for start in starts], room).advance(steps, report)
         except KeyboardInterrupt:
             self.interrupted = True
         except NonFiniteError as error:
@@ -669,8 +676,8 @@ class Fit:
             for k, start in enumerate(starts):
                 running = start[-1]
                 with room(k):
-                    self._iterate = det.flat(running.leaves)
-                    det.unflat(running.result(), running.leaves)
+                    self._iterate = flat(running.leaves)
+                    unflat(running.result(), running.leaves)
                     self._keep()
                     starts[k] = self._snapshot()
             for start in starts:
@@ -706,7 +713,7 @@ class Fit:
         if self._subsample:
             ((name, batch),) = self._subsample.items()
             plan = self._plan(name, batch)
-        with self._room(seeded_state(seed)):
+        with self._isolated(seeded_state(seed)):
             self._stochastic = Stochastic(
                 self.model,
                 self.guide,
@@ -782,7 +789,7 @@ class Fit:
             if plan is not None:
                 data, handler = plan.apply(self._data, torch.arange(plan.batch))
             conditioned = poutine.condition(self.model, data=values)
-            with self._room(seeded_state(self.seed)), torch.no_grad(), handler:
+            with self._isolated(seeded_state(self.seed)), torch.no_grad(), handler:
                 trace: Any = poutine.trace(conditioned).get_trace(**data)
                 trace.compute_log_prob()
             return trace
@@ -835,15 +842,15 @@ class Fit:
                 bar.set_postfix_str(f"ELBO {smooth:.2f}", refresh=False)
 
         try:
-            with self._room():
+            with self._isolated():
                 # The iterate goes on from where it was, which is not the average reported.
                 if running.step:
-                    det.unflat(self._iterate, running.leaves)
+                    unflat(self._iterate, running.leaves)
                 try:
                     running.advance(steps, report, stop)
                 finally:
-                    self._iterate = det.flat(running.leaves)
-                    det.unflat(running.result(), running.leaves)
+                    self._iterate = flat(running.leaves)
+                    unflat(running.result(), running.leaves)
                     self._keep()
         except KeyboardInterrupt:
             self.interrupted = True
@@ -892,20 +899,20 @@ class Fit:
             return f"{stopped}Nothing was optimised yet."
         if self.converged:
             return (
-                f"converged with {p.draws} draws: Monte Carlo error {error:.4f} sd, largest "
+                f"converged with {p.num_draws} draws: Monte Carlo error {error:.4f} sd, largest "
                 f"gradient {p.gradient:.0e} per sd"
             )
         reason = (
             f"the largest gradient is {p.gradient:.1e} per sd"
-            if p.gradient > det.GRADIENT_TOLERANCE
+            if p.gradient > GRADIENT_TOLERANCE
             else f"the Monte Carlo error is {known}, wanted 0.02 posterior sds"
         )
-        return f"{stopped}Not converged with {p.draws} draws: {reason}. See fit.extend()."
+        return f"{stopped}Not converged with {p.num_draws} draws: {reason}. See fit.extend()."
 
     @property
     def params(self) -> Draws:
         """The variational (and model) parameters, name -> constrained value."""
-        with self._room():
+        with self._isolated():
             return {n: v.detach().clone() for n, v in pyro.get_param_store().items()}
 
     def __repr__(self) -> str:
@@ -960,7 +967,7 @@ class Fit:
                 trace = poutine.trace(self.guide).get_trace(**self._data)
             return {name: trace.nodes[name]["value"] for name in names}
 
-        with self._room(seeded_state(self._seed(seed, 1))), torch.no_grad():
+        with self._isolated(seeded_state(self._seed(seed, 1))), torch.no_grad():
             draws = Batched(one, self._chunk(), random=True)(torch.zeros(n))
         return {k: self._out(v) for k, v in draws.items()}
 
@@ -1103,7 +1110,7 @@ class Fit:
         self, one: Callable[[Draws], Draws], draws: Draws, random: bool, seed: int
     ) -> Draws:
         names = [n for n in draws if n in latent_sites(self._first_traces[1])]
-        with self._room(seeded_state(seed)), torch.no_grad():
+        with self._isolated(seeded_state(seed)), torch.no_grad():
             cast = _cast(draws, self._dtype)
             batched = Batched(
                 lambda *values: one(dict(zip(names, values, strict=True))), self._chunk(), random
@@ -1120,7 +1127,7 @@ class Fit:
         if self.summed_out() and self._stochastic:
             # The latents that the estimator sums out have no draws to weigh.
             estimator = self._stochastic.estimator
-            with self._room(seeded_state(self._seed(seed, 3))), torch.no_grad():
+            with self._isolated(seeded_state(self._seed(seed, 3))), torch.no_grad():
                 losses = [estimator.loss(self.model, self.guide, **self._data) for _ in range(n)]
             values = -torch.tensor(losses, dtype=torch.float64)
         else:
@@ -1151,7 +1158,7 @@ class Fit:
             values = {name: trace.nodes[name]["value"] for name in names}
             return values, model_trace.log_prob_sum() - trace.log_prob_sum()
 
-        with self._room(seeded_state(self._seed(seed, 3))), torch.no_grad():
+        with self._isolated(seeded_state(self._seed(seed, 3))), torch.no_grad():
             draws, weights = Batched(one, self._chunk(), random=True)(torch.zeros(n))
         return {k: self._out(v) for k, v in draws.items()}, weights
 
@@ -1192,15 +1199,15 @@ class Fit:
 
         save(self, path)
 
-    def to_arviz(self, draws: int = 1000, **options: Any) -> Any:
+    def to_arviz(self, num_draws: int = 1000, **options: Any) -> Any:
         """ArviZ InferenceData (0.x) or DataTree (1.x); see :func:`vi_toolkit.export.to_arviz`."""
         from vi_toolkit.export import to_arviz
 
-        return to_arviz(self, draws=draws, **options)
+        return to_arviz(self, num_draws=num_draws, **options)
 
     def plot(self) -> Any:
         """Figure with the ELBO's history and the posterior marginals."""
-        from vi_toolkit.plots import plot_fit
+        from vi_toolkit.figures import plot_fit
 
         return plot_fit(self)
 

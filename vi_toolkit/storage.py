@@ -20,7 +20,9 @@ from pyro.infer import ELBO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vi_toolkit import deterministic as det
+from vi_toolkit.deterministic.families import Diagonal, FullRank, LowRank
+from vi_toolkit.deterministic.objective import FamilyProblem, GuideProblem, Problem
+from vi_toolkit.deterministic.run import Progress
 from vi_toolkit.errors import LoadError
 from vi_toolkit.estimators import (
     ControlVariate,
@@ -31,7 +33,6 @@ from vi_toolkit.estimators import (
     RunningMean,
     Score,
 )
-from vi_toolkit.families import Diagonal, FullRank, LowRank
 from vi_toolkit.fitting import Fit
 
 FORMAT = "vi_toolkit fit"
@@ -147,7 +148,7 @@ def load(
     for name in ("method", "why", "seconds", "interrupted", "restarts", "versions"):
         setattr(fit, name, header[name])
     fit._values = params
-    with fit._room(), torch.no_grad():
+    with fit._isolated(), torch.no_grad():
         for name, leaf in fit._store.named_parameters():
             leaf.copy_(params[name])
     _restore(fit, state, estimator, optimizer)
@@ -189,16 +190,16 @@ def _state(fit: Fit) -> dict[str, Any] | None:
     state: dict[str, Any] = {
         "kind": "deterministic",
         "rounds": progress.rounds,
-        "draws": progress.draws,
+        "draws": progress.num_draws,
         "error": progress.error,
         "gradient": progress.gradient,
         "elbo": torch.tensor(progress.elbo, dtype=torch.float64),
     }
     problem = progress.problem
-    if isinstance(problem, det.FamilyProblem):
+    if isinstance(problem, FamilyProblem):
         state["family"] = problem.q.name
         state["member"] = dict(vars(problem.q))
-    elif isinstance(problem, det.GuideProblem):
+    elif isinstance(problem, GuideProblem):
         state["family"] = None
         state["member"] = {"origin": problem.origin, "basis": problem.basis}
         state["noise"] = problem.noise_dim
@@ -230,7 +231,7 @@ def _restore(
         if estimator is None:
             fit._cannot_extend = "pass estimator= to vi.load to continue this fit"
             running_state = running_state | {"estimator": {}}
-        with fit._room():
+        with fit._isolated():
             running.restore(running_state)  # leaves the iterate in the parameters
             for name, leaf in fit._store.named_parameters():
                 with torch.no_grad():
@@ -238,15 +239,15 @@ def _restore(
         fit._iterate = state["running"]["iterate"]
         return
     member = state["member"]
-    problem: det.Problem
+    problem: Problem
     if state["family"] is not None:
-        problem = det.FamilyProblem(fit.joint, _FAMILIES[state["family"]](**member))
+        problem = FamilyProblem(fit.joint, _FAMILIES[state["family"]](**member))
     else:
-        with fit._room():
-            problem = det.GuideProblem(
+        with fit._isolated():
+            problem = GuideProblem(
                 fit.model, fit.guide, fit._data, fit.joint, state["noise"], **member
             )
-    fit._progress = det.Progress(
+    fit._progress = Progress(
         problem,
         state["rounds"],
         state["draws"],

@@ -58,7 +58,7 @@ def reference(chains=4, draws=3_000, warmup=500, seed=0, progress=True):
         model,
         data,
         chains=chains,
-        draws=draws,
+        num_draws=draws,
         warmup=warmup,
         seed=seed,
         target_accept=0.9,

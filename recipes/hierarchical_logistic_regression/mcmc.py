@@ -7,7 +7,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 
 import vi_toolkit as vi
-from vi_toolkit.joint import Joint
+from vi_toolkit.programs.joint import Joint
 
 from .data import load_data
 from .evaluate import predictive_logits

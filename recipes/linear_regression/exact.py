@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributions import InverseGamma, MultivariateNormal
 
-from vi_toolkit.reference import LEVELS, Reference
+from vi_toolkit.reference.reference import LEVELS, Reference
 
 from .data import load_data
 from .model import A0, B0, PRIOR_SCALE
@@ -212,7 +212,7 @@ def reference(data=None):
             "mean": [variance.mean(), *coefficients.mean()],
             "sd": [variance.std(), *coefficients.std()],
             **{level: [variance.ppf(p), *coefficients.ppf(p)] for level, p in LEVELS.items()},
-            "mcse_mean": 0.0,
+            "mean_se": 0.0,
         }
     )
     polygamma = [scipy.special.polygamma(k, a) for k in range(4)]

@@ -8,7 +8,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 import vi_toolkit as vi
-from vi_toolkit.joint import Joint
+from vi_toolkit.programs.joint import Joint
 
 from .data import load_data
 from .model import C0, D0, collapsed, model

@@ -3,8 +3,8 @@
 from importlib.metadata import version
 
 import vi_toolkit as vi
-from vi_toolkit.joint import Joint
-from vi_toolkit.nuts import nuts_draws
+from vi_toolkit.programs.joint import Joint
+from vi_toolkit.reference.nuts import nuts_draws
 
 from .data import load_data
 from .evaluate import predictive_logits

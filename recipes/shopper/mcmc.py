@@ -13,7 +13,7 @@ import pyro.poutine as poutine
 import torch
 
 import vi_toolkit as vi
-from vi_toolkit.nuts import nuts_draws
+from vi_toolkit.reference.nuts import nuts_draws
 
 from .data import load_data, simulate
 from .evaluate import choice_probabilities
@@ -29,7 +29,7 @@ def reference(chains=4, draws=2000, warmup=500, seed=0, progress=True):
         model,
         load_data(),
         chains=chains,
-        draws=draws,
+        num_draws=draws,
         warmup=warmup,
         seed=seed,
         progress=progress,

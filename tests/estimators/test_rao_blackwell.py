@@ -13,7 +13,7 @@ import vi_toolkit as vi
 from tests.estimators.checks import FALSE_ALARM, mean_test, total_variance
 from tests.estimators.models import flat, gradients
 from tests.tolerances import Z
-from vi_toolkit.estimators import structure
+from vi_toolkit.estimators import dependencies
 from vi_toolkit.estimators.particles import Given, is_drawn, run
 
 
@@ -327,9 +327,9 @@ def test_leaving_out_too_much_would_be_seen():
     class TooEager(vi.Score):
         def prepare(self, *args):
             super().prepare(*args)
-            for pair in self.structure.involved:
+            for pair in self.dependencies.involved:
                 if pair[1] == ("model", "y"):
-                    self.structure.involved[pair] = frozenset({"n"})
+                    self.dependencies.involved[pair] = frozenset({"n"})
 
     model, guide = sum_comes_back()
     pyro.set_rng_seed(2)
@@ -368,7 +368,7 @@ def test_the_mean_is_that_of_enumeration(make):
 
 
 def test_what_is_read_off_a_model():
-    found = structure.read(*nested_plates(), (), {})
+    found = dependencies.trace(*nested_plates(), (), {})
     both = frozenset({"groups", "items"})
     assert found.involved["item", ("model", "y")] == both
     assert found.involved["item", ("model", "item")] == both
@@ -376,14 +376,16 @@ def test_what_is_read_off_a_model():
     assert found.involved["group", ("model", "y")] == {"groups"}  # by way of the guide's item
     assert found.involved["top", ("model", "y")] == frozenset()
     assert ("top", ("guide", "item")) not in found.involved
-    assert structure.read(*sum_comes_back(), (), {}).involved["z", ("model", "y")] == frozenset()
-    assert structure.read(*neighbours(), (), {}).involved["z", ("model", "y")] == frozenset()
-    assert structure.read(*neighbours(), (), {}).involved["z", ("model", "z")] == {"n"}
-    locals_terms = structure.read(*through_a_global(), (), {}).involved
+    assert (
+        dependencies.trace(*sum_comes_back(), (), {}).involved["z", ("model", "y")] == frozenset()
+    )
+    assert dependencies.trace(*neighbours(), (), {}).involved["z", ("model", "y")] == frozenset()
+    assert dependencies.trace(*neighbours(), (), {}).involved["z", ("model", "z")] == {"n"}
+    locals_terms = dependencies.trace(*through_a_global(), (), {}).involved
     assert locals_terms["z", ("model", "y")] == frozenset()
     assert locals_terms["z", ("guide", "z")] == {"n"}
     pyro.clear_param_store()  # the models' parameters share names
-    assert "in place" in structure.read(*filled_in_place(), (), {}).unreadable
+    assert "in place" in dependencies.trace(*filled_in_place(), (), {}).unreadable
 
 
 def test_a_value_that_steers_the_program_stops_the_reading():
@@ -394,5 +396,5 @@ def test_a_value_that_steers_the_program_stops_the_reading():
     def guide():
         pyro.sample("z", bernoulli("a"))
 
-    assert "steers" in structure.read(model, guide, (), {}).unreadable
+    assert "steers" in dependencies.trace(model, guide, (), {}).unreadable
     compare(model, guide, repeats=60, particles=8)  # with a loop: vmap cannot follow either

@@ -282,7 +282,7 @@ def test_a_latent_of_autonormal_goes_by_its_name():
     guide = AutoNormal(regression)
     estimator = vi.Score(2, {"w": vi.LeaveOneOut()}, sites=["w"])
     estimator.loss_and_grads(regression, guide, **data)
-    assert estimator.structure.coordinatewise == {"w_unconstrained": "w"}
+    assert estimator.dependencies.coordinatewise == {"w_unconstrained": "w"}
 
 
 class Indexed:
@@ -307,7 +307,7 @@ class Indexed:
 @pytest.mark.parametrize("way", ["indices", "cut"])
 def test_what_a_baseline_learns_belongs_to_the_datum(way):
     """Ragged minibatches (7 = 2 * 3 + 1): each datum's state counts its own visits only."""
-    from vi_toolkit.subsampling import PlatePlan
+    from vi_toolkit.programs.minibatches import PlatePlan
 
     cut = None if way == "indices" else ["y", "row"]
     plan = PlatePlan("n", 7, 3, cut)

@@ -15,7 +15,7 @@ import torch
 
 import vi_toolkit as vi
 from recipes.__main__ import reference_problem
-from vi_toolkit.joint import Joint
+from vi_toolkit.programs.joint import Joint
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(

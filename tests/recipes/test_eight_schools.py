@@ -26,7 +26,7 @@ from recipes.eight_schools import (
 )
 from tests.recipes.test_contract import check_latents
 from tests.tolerances import Z
-from vi_toolkit.joint import Joint
+from vi_toolkit.programs.joint import Joint
 
 REFERENCE = Path(__file__).parents[2] / "recipes" / "eight_schools" / "reference.json"
 FORMS = {"non-centred": (model, GUIDES), "centred": (centred, CENTRED_GUIDES)}
@@ -157,7 +157,7 @@ def test_conditional_guide_misses_only_the_law_of_tau(fits):
     data = load_data()
     values = {k: v[:5] for k, v in fit.sample(5, seed=1).items()}
     ratios = []
-    with fit._room():
+    with fit._isolated():
         for i in range(5):
             point = {"tau": values["tau"][0], "mu": values["mu"][i], "z": values["z"][i]}
             q = poutine.trace(poutine.condition(fit.guide, point)).get_trace(**data).log_prob_sum()
@@ -215,7 +215,7 @@ def test_centred_form_leaves_out_the_neck_of_the_funnel(comparisons, label):
 
 def test_diagnosis_without_the_truth_agrees(fits, comparisons):
     for pair, fit in fits.items():
-        assert vi.diagnose(fit, draws=10_000).verdict == comparisons[pair].verdict, pair
+        assert vi.diagnose(fit, num_draws=10_000).verdict == comparisons[pair].verdict, pair
 
 
 def test_linear_response_mends_the_non_centred_mean_field(fits):

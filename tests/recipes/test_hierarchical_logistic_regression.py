@@ -25,7 +25,7 @@ from recipes.hierarchical_logistic_regression.evaluate import (
     predictive_logits,
 )
 from tests.tolerances import Z
-from vi_toolkit.joint import Joint
+from vi_toolkit.programs.joint import Joint
 
 REFERENCE = (
     Path(__file__).parents[2] / "recipes" / "hierarchical_logistic_regression" / "reference.json"
@@ -105,10 +105,10 @@ def test_full_rank_is_right_but_for_the_two_small_sds(fits, comparisons, referen
     assert comparisons["full-rank"].verdict == "do not trust"
     # Without the reference it is refused for the same two, by chains: the weights of importance
     # sampling do not see the mean that lies in the funnel's neck, and are known not to.
-    found = vi.diagnose(fits["full-rank"], draws=2_000)
+    found = vi.diagnose(fits["full-rank"], num_draws=2_000)
     assert not found.pareto_k.reliable
     assert found.verdict == "do not trust"
-    error = np.hypot(found.chains.mean_se, reference.mcse_mean)
+    error = np.hypot(found.chains.mean_se, reference.mean_se)
     assert (np.abs(found.chains.mean - reference.mean) < Z * error).all()
 
 

@@ -22,7 +22,7 @@ from recipes.linear_regression_ard import (
 )
 from recipes.linear_regression_ard.evaluate import log_predictive_densities
 from tests.tolerances import Z
-from vi_toolkit.joint import Joint
+from vi_toolkit.programs.joint import Joint
 
 REFERENCE = Path(__file__).parents[2] / "recipes" / "linear_regression_ard" / "reference.json"
 
@@ -154,11 +154,11 @@ def test_recommended_guide_is_right(draws, reference):
     u = joint.flatten(draws).numpy()
     assert joint.names == reference.names
     error = (u.mean(0) - reference.mean) / reference.sd
-    standard_error = np.hypot(reference.mcse_mean / reference.sd, len(u) ** -0.5)
+    standard_error = np.hypot(reference.mean_se / reference.sd, len(u) ** -0.5)
     assert np.all(np.abs(error) < 0.05 + Z * standard_error)
     # Its family has one free scale per column of a fixed root, not a free covariance: a product's
     # coefficient is 7 % too narrow, and no other sd is further off.
-    ratio_error = np.hypot(reference.mcse_sd / reference.sd, (2 * len(u)) ** -0.5)
+    ratio_error = np.hypot(reference.sd_se / reference.sd, (2 * len(u)) ** -0.5)
     assert np.all(np.abs(np.log(u.std(0) / reference.sd)) < np.log(1.05) + Z * ratio_error)
 
 

@@ -275,8 +275,8 @@ def test_reference_agrees_with_importance_sampling(reference):
     assert 1 / (w**2).sum() > 5_000  # effective draws
     order = [reference.names.index(name) for name in names_of(reference)]
     for power, expected, standard_error in (
-        (1, reference.mean[order], reference.mcse_mean[order]),
-        (2, reference.sd[order], reference.mcse_sd[order]),
+        (1, reference.mean[order], reference.mean_se[order]),
+        (2, reference.sd[order], reference.sd_se[order]),
     ):
         values = z if power == 1 else (z - w @ z) ** 2
         found = w @ values

@@ -24,7 +24,7 @@ from recipes.poisson_glm.mcmc import log_rates, marginal
 from recipes.poisson_glm.optimum import gaussian_optimum, mixed_elbo, mixed_optimum
 from tests.recipes.test_contract import check_latents
 from tests.tolerances import Z
-from vi_toolkit.joint import Joint
+from vi_toolkit.programs.joint import Joint
 
 REFERENCE = Path(__file__).parents[2] / "recipes" / "poisson_glm" / "reference.json"
 GLOBALS = 11  # intercept, nine coefficients, log sd

@@ -29,7 +29,7 @@ from recipes.shopper import (
 from recipes.shopper import evaluate as ev
 from recipes.shopper.training import fit_trips, plug_in
 from tests.tolerances import Z
-from vi_toolkit.joint import Joint
+from vi_toolkit.programs.joint import Joint
 
 module = importlib.import_module("recipes.shopper.model")
 REFERENCE = Path(__file__).parents[2] / "recipes" / "shopper" / "reference.json"
@@ -352,7 +352,7 @@ def test_mean_field_is_right_about_means_and_too_narrow(fit, reference):
     table = comparison.table
     assert fit.converged
     assert comparison.verdict == "do not trust"
-    error = table["mean error"].abs() - Z * table["mean error se"]
+    error = table["mean error"].abs() - Z * table["mean_error_se"]
     assert error.max() < 0.05
     ratio, expected = table["sd ratio"], table["expected sd ratio"]
     assert ratio.max() < 0.9
@@ -366,7 +366,7 @@ def test_mean_field_is_right_about_means_and_too_narrow(fit, reference):
 def test_linear_response_mends_the_widths(fit, reference):
     response = vi.linear_response(fit)
     ratio = np.log(response.sd / reference.sd)
-    noise = Z * reference.mcse_sd / reference.sd
+    noise = Z * reference.sd_se / reference.sd
     assert (np.abs(ratio) < np.log(1.05) + noise).all()
 
 

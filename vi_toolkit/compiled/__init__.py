@@ -1,12 +1,12 @@
 """Compiled optimiser steps: an SVI step as one graph without Python, many steps per call.
 
 ``vi.fit(..., compile="auto")`` uses them. :class:`CompiledSteps` is what stands behind it;
-:mod:`~vi_toolkit.compiled.tracing` records a step, :mod:`~vi_toolkit.compiled.passes` rewrites it,
-:mod:`~vi_toolkit.compiled.program` makes machine code of it, by
-:mod:`~vi_toolkit.compiled.library`; :mod:`~vi_toolkit.compiled.accelerator` decides when, and
-together with :mod:`~vi_toolkit.compiled.watching` sees to it that a compiled step stays the
+:mod:`~vi_toolkit.compiled.tracing` records a step, :mod:`~vi_toolkit.compiled.rewrites` rewrites it,
+:mod:`~vi_toolkit.compiled.aot_cache` makes machine code of it, by
+:mod:`~vi_toolkit.compiled.build`; :mod:`~vi_toolkit.compiled.accelerator` decides when, and
+together with :mod:`~vi_toolkit.compiled.purity` sees to it that a compiled step stays the
 model's.
-:mod:`~vi_toolkit.compiled.together` takes the steps of several restarts at once.
+:mod:`~vi_toolkit.compiled.batched` takes the steps of several restarts at once.
 
 What runs eagerly, and why:
 

@@ -19,6 +19,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from vi_toolkit.compiled.purity import PythonSnapshot, effects
 from vi_toolkit.compiled.steps import (
     MOST_STEPS_PER_CALL,
     CompiledSteps,
@@ -26,12 +27,11 @@ from vi_toolkit.compiled.steps import (
     without_interrupt,
 )
 from vi_toolkit.compiled.tracing import Watch
-from vi_toolkit.compiled.watching import PythonState, effects
 from vi_toolkit.errors import CompileError, CompileWarning
-from vi_toolkit.scope import random_state, set_random_state
+from vi_toolkit.programs.isolation import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from vi_toolkit.stochastic import Stochastic
+    from vi_toolkit.stochastic.stages import Stochastic
 
 LONG_RUN = 2_000  # steps from which "auto" compiles
 SHARE_OF_CHECKS = 1 / 20
@@ -52,7 +52,7 @@ class Accelerator:
         self.wanted, self.active, self.reason = False, False, ""
         self.ragged_pays = False
         self.steps: CompiledSteps | None = None
-        self.state: PythonState | None = None
+        self.state: PythonSnapshot | None = None
         self.recompiled = 0
         self.per_step = 0.0
         self.compiled_seconds = self.check_seconds = 0.0
@@ -66,7 +66,7 @@ class Accelerator:
 
     def begin(self, steps: int | None) -> None:
         """At the start of a run of ``steps`` steps, or of an open end."""
-        from vi_toolkit.stochastic import MOST_STEPS
+        from vi_toolkit.stochastic.stages import MOST_STEPS
 
         horizon = MOST_STEPS if steps is None else steps
         long = horizon >= LONG_RUN
@@ -135,7 +135,7 @@ class Accelerator:
         # The estimator may settle what it works out once (plate nesting) in its first step, also
         # if it is not the fit's first.
         parts = (fit.model, fit.guide) if keep else (fit.model, fit.guide, fit.estimator)
-        before = PythonState(*parts)
+        before = PythonSnapshot(*parts)
         place = self.bookmark()
         for _ in range(1 if keep else 2):
             with Watch() as watch, effects() as found:
@@ -146,7 +146,7 @@ class Accelerator:
                 self.back_to(place)
             if found or not changed:
                 break
-        self.state = PythonState(fit.model, fit.guide, fit.estimator)
+        self.state = PythonSnapshot(fit.model, fit.guide, fit.estimator)
         if found:
             return elbo, (
                 f"the model or guide calls {found[0]}(), which a compiled step would not repeat"

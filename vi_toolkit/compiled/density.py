@@ -14,18 +14,18 @@ from typing import Any
 import pyro
 import torch
 
-from vi_toolkit.compiled.passes import hoist
-from vi_toolkit.compiled.program import (
+from vi_toolkit.compiled.aot_cache import (
     check_folder,
     compile_graph,
     forgetting_sources,
     functional,
     quiet,
 )
+from vi_toolkit.compiled.purity import PythonSnapshot, effects
+from vi_toolkit.compiled.rewrites import hoist
 from vi_toolkit.compiled.tracing import Watch, trace_function
-from vi_toolkit.compiled.watching import PythonState, effects
 from vi_toolkit.errors import CompileError, CompileWarning
-from vi_toolkit.vectorise import BAD_POINT, vmap
+from vi_toolkit.programs.vectorise import BAD_POINT, vmap
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 
@@ -40,7 +40,7 @@ class CompiledDensity:
         log_density: (d,) -> scalar.
         example: (rows, d), points at which the density is finite.
         state: model, whose globals and attributes must not change while it runs.
-        writes: whether ``vmap`` needs :class:`~vi_toolkit.vectorise.InPlaceWrites`.
+        writes: whether ``vmap`` needs :class:`~vi_toolkit.programs.vectorise.InPlaceWrites`.
 
     Raises:
         CompileError: it cannot be recorded or compiled, or does not give the function's numbers.
@@ -64,7 +64,7 @@ class CompiledDensity:
         self.rows = len(example)
         function = vmap(torch.func.grad_and_value(log_density), writes)
         example = example.detach().clone()
-        before = PythonState(state)
+        before = PythonSnapshot(state)
         try:
             with quiet(), pyro.validation_enabled(False), Watch() as watch, effects() as found:
                 expected = function(example)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from pyro.infer import ELBO
 
-from vi_toolkit.compiled.passes import (
+from vi_toolkit.compiled.aot_cache import check_folder, compile_loop, forgetting_sources, functional
+from vi_toolkit.compiled.loop_state import Block, LoopState, StackedState
+from vi_toolkit.compiled.rewrites import (
     failures_become_nan,
     hoist,
     lookups_stay_inside,
@@ -19,18 +21,10 @@ from vi_toolkit.compiled.passes import (
     turn_products,
     write_in,
 )
-from vi_toolkit.compiled.place import Block, Place, Places
-from vi_toolkit.compiled.program import (
-    check_folder,
-    compile_loop,
-    forgetting_sources,
-    functional,
-)
-from vi_toolkit.compiled.replay import replay_loop
 from vi_toolkit.compiled.tracing import trace_step
 from vi_toolkit.errors import CompileError
-from vi_toolkit.scope import random_state, set_random_state
-from vi_toolkit.subsampling import PlatePlan
+from vi_toolkit.programs.isolation import random_state, set_random_state
+from vi_toolkit.programs.minibatches import PlatePlan
 
 MOST_STEPS_PER_CALL = 256
 # How far a compiled and an eager step may differ: rounding is far below, another model far above.
@@ -101,7 +95,7 @@ class CompiledSteps:
             total: what the sum of the iterates starts from, flat; zero if None.
 
         Returns:
-            :class:`~vi_toolkit.compiled.place.Block`; it is shorter than asked for if a step was
+            :class:`~vi_toolkit.compiled.loop_state.Block`; it is shorter than asked for if a step was
             not finite. Such a step is not taken: the state is the last good one.
         """
         if total is None:
@@ -133,8 +127,8 @@ class Loop:
         device, *others = {p.device for p in leaves}
         if others:
             raise CompileError("the parameters are on different devices")
-        if device.type not in ("cpu", "cuda"):
-            raise CompileError("only steps on the CPU and on CUDA devices are compiled")
+        if device.type != "cpu":
+            raise CompileError("only steps on the CPU are compiled")
         examples: list[tuple[torch.Tensor, ...]] = [(), ()]
         if batch is not None:
             assert steps.plan is not None
@@ -143,15 +137,15 @@ class Loop:
         traced = trace_step(steps.loss, leaves, examples)
         failures_become_nan(traced.graph)
 
-        place = Place(leaves, optimizer, traced, traced.buffers)
+        place = LoopState(leaves, optimizer, traced, traced.buffers)
         idle = [k for k in range(len(leaves)) if k not in traced.live]
         self.places = [place]
         for other in steps.beside:
             if idle:
                 raise CompileError("the loss does not depend on all of the parameters")
             buffers = [_counterpart(t, steps, other) for t in traced.buffers]
-            self.places.append(Place(other.leaves, other.optimizer, traced, buffers))
-        self.place: Any = place if len(self.places) == 1 else Places(self.places)
+            self.places.append(LoopState(other.leaves, other.optimizer, traced, buffers))
+        self.place: Any = place if len(self.places) == 1 else StackedState(self.places)
         self.read = traced.read
         self.constants = [leaves[k] for k in idle] + traced.constants
 
@@ -225,8 +219,7 @@ class Loop:
         self._refresh()
         self.inputs = write_in(each, variable, self.invariants, unchanging)
         self.invariants = [self.invariants[k] for k in self.inputs]
-        compiler = compile_loop if device.type == "cpu" else replay_loop
-        self.program = compiler(each, carried, [*fixed, *self.invariants], checked)
+        self.program = compile_loop(each, carried, [*fixed, *self.invariants], checked)
 
     # ------------------------------------------------------------- one call
 
@@ -275,7 +268,7 @@ class Loop:
         return (done if done <= steps else done - (MOST_STEPS_PER_CALL + 1)), out
 
     def carried(self, totals: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-        """See :meth:`Place.carried`."""
+        """See :meth:`LoopState.carried`."""
         return self.place.carried(totals, self.elbo)
 
     def _fixed(self) -> list[torch.Tensor]:

@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from vi_toolkit.errors import CompileError
-from vi_toolkit.scope import kept_random_state
-from vi_toolkit.vectorise import Unchecked
+from vi_toolkit.programs.isolation import kept_random_state
+from vi_toolkit.programs.vectorise import Unchecked
 
 aten = torch.ops.aten
 

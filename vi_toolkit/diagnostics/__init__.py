@@ -8,8 +8,8 @@ from vi_toolkit.diagnostics.importance import ImportanceMoments, importance_mome
 from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
 from vi_toolkit.diagnostics.local_psis import LocalParetoK, local_psis
 from vi_toolkit.diagnostics.missed_modes import MissedMode, missed_modes
+from vi_toolkit.diagnostics.pareto import ParetoK, pareto_k, psis
 from vi_toolkit.diagnostics.predictive import PredictiveCheck, predictive_check
-from vi_toolkit.diagnostics.psis import ParetoK, pareto_k, psis
 from vi_toolkit.diagnostics.suggest import GuideSuggestion, suggest_guide
 from vi_toolkit.diagnostics.verdict import Diagnosis, diagnose
 from vi_toolkit.diagnostics.vsbc import VSBC, vsbc

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from vi_toolkit.diagnostics.importance import Sample, weighted_draws
-from vi_toolkit.diagnostics.psis import ParetoK, pareto_k, smoothed
+from vi_toolkit.diagnostics.pareto import ParetoK, pareto_k, smoothed
 
 if TYPE_CHECKING:
-    from vi_toolkit.plots import Figure
+    from vi_toolkit.figures import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class ErrorBounds:
 
     def plot(self) -> Figure:
         """The bounds of every scalar, in the guide's sds."""
-        from vi_toolkit.plots import plot_bounds
+        from vi_toolkit.figures import plot_bounds
 
         return plot_bounds(self)
 
@@ -59,7 +59,7 @@ class ErrorBounds:
 
 
 def error_bounds(
-    fit: Any, draws: int | None = None, repetitions: int = 8, seed: int = 0
+    fit: Any, num_draws: int | None = None, repetitions: int = 8, seed: int = 0
 ) -> ErrorBounds:
     r"""Bounds on the error of every mean and sd, from the guide's importance weights.
 
@@ -79,7 +79,7 @@ def error_bounds(
 
     Args:
         fit: a :class:`~vi_toolkit.Fit` on full data.
-        draws: per repetition; None for as many as is cheap.
+        num_draws: per repetition; None for as many as is cheap.
         repetitions: sets of draws.
         seed: of the draws.
 
@@ -95,7 +95,7 @@ def error_bounds(
         >>> bool(vi.error_bounds(vi.fit(model, AutoNormal, {}, progress=False)).mean[0] < 0.01)
         True
     """
-    return bounds_of(fit, weighted_draws(fit, None, draws, repetitions, seed))
+    return bounds_of(fit, weighted_draws(fit, None, num_draws, repetitions, seed))
 
 
 def bounds_of(fit: Any, sample: Sample) -> ErrorBounds:

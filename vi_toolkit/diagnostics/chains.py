@@ -10,12 +10,12 @@ import arviz as az
 import numpy as np
 import torch
 
-from vi_toolkit.reference import MAX_R_HAT, admission_faults, each_scalar
-from vi_toolkit.scope import seeded_state
+from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.reference.reference import MAX_R_HAT, admission_faults, each_scalar
 
 if TYPE_CHECKING:
-    from vi_toolkit.joint import Joint
-    from vi_toolkit.plots import Figure
+    from vi_toolkit.figures import Figure
+    from vi_toolkit.programs.joint import Joint
 
 # Many, since a call's Python takes longer than its arithmetic; fewer where the data are large.
 FEWEST, MOST_CHAINS, ROOM = 32, 128, 1e5
@@ -56,7 +56,7 @@ class WarmChains:
     tail_ess: np.ndarray
     divergences: int
     chains: int
-    draws: int
+    num_draws: int
     acceptance: float
     steps: float
     faults: list[str]
@@ -85,13 +85,13 @@ class WarmChains:
 
     def __repr__(self) -> str:
         return (
-            f"{self.chains} warm chains x {self.draws} draws of {len(self.names)} scalars, "
+            f"{self.chains} warm chains x {self.num_draws} draws of {len(self.names)} scalars, "
             f"{self.steps:.1f} leapfrog steps each: {self.meaning}"
         )
 
     def plot(self) -> Figure:
         """The chains' means on their way from the guide's, for the scalars that move most."""
-        from vi_toolkit.plots import plot_chains
+        from vi_toolkit.figures import plot_chains
 
         return plot_chains(self)
 
@@ -153,7 +153,7 @@ def warm_chains(fit: Any, covariance: np.ndarray | None = None, seed: int = 0) -
     else:
         metric = torch.as_tensor(covariance, dtype=torch.float64)
         metric = metric if joint.dim <= DENSE else metric.diagonal()
-    with fit._room(seeded_state(fit._seed(seed, 6))), torch.no_grad():
+    with fit._isolated(seeded_state(fit._seed(seed, 6))), torch.no_grad():
         run = _Run(joint, start, metric.to(start))
         if joint.many_with_gradient.vectorises is False and joint.compiled is None:
             return None
@@ -289,7 +289,7 @@ def _summary(run: _Run, draws: np.ndarray, guide_mean: np.ndarray, path: np.ndar
         tail_ess=tail,
         divergences=run.divergences,
         chains=chains,
-        draws=count,
+        num_draws=count,
         acceptance=float(np.mean(run.rates)),
         steps=float(np.mean(run.steps)),
         faults=faults,

@@ -10,7 +10,7 @@ import arviz as az
 import numpy as np
 import torch
 
-from vi_toolkit.stochastic import ERROR_TOLERANCE, Stochastic
+from vi_toolkit.stochastic.stages import ERROR_TOLERANCE, Stochastic
 
 MOST_COLUMNS = 2_000  # ArviZ takes 0.2 ms for each
 

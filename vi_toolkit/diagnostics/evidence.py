@@ -12,7 +12,7 @@ from vi_toolkit.diagnostics.importance import (
     moments_of,
     weighted_draws,
 )
-from vi_toolkit.diagnostics.psis import ParetoK
+from vi_toolkit.diagnostics.pareto import ParetoK
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Evidence:
 
 
 def log_evidence(
-    fit: Any, draws: int | None = None, repetitions: int = 8, seed: int = 0
+    fit: Any, num_draws: int | None = None, repetitions: int = 8, seed: int = 0
 ) -> Evidence:
     r"""Log evidence from draws of the guide, and its gap to the ELBO.
 
@@ -70,7 +70,7 @@ def log_evidence(
 
     Args:
         fit: a :class:`~vi_toolkit.Fit` on full data.
-        draws: per repetition; None for as many as is cheap.
+        num_draws: per repetition; None for as many as is cheap.
         repetitions: sets of draws, from whose spread the standard error comes.
         seed: of the draws.
 
@@ -82,7 +82,7 @@ def log_evidence(
         >>> abs(vi.log_evidence(vi.fit(model, AutoNormal, {}, progress=False)).gap) < 0.01
         True
     """
-    sample = weighted_draws(fit, None, draws, repetitions, seed)
+    sample = weighted_draws(fit, None, num_draws, repetitions, seed)
     return evidence_of(moments_of(fit, sample, "guide"), sample)
 
 

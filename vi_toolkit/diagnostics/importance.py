@@ -10,8 +10,8 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 
-from vi_toolkit.diagnostics.psis import ParetoK, affordable_draws, pareto_k, smoothed
-from vi_toolkit.scope import seeded_state
+from vi_toolkit.diagnostics.pareto import ParetoK, affordable_draws, pareto_k, smoothed
+from vi_toolkit.programs.isolation import seeded_state
 
 DEGREES_OF_FREEDOM = 7.0  # of the proposal: tails that cover, at a small cost in the middle
 
@@ -51,7 +51,7 @@ class ImportanceMoments:
 def importance_moments(
     fit: Any,
     covariance: np.ndarray | None = None,
-    draws: int | None = None,
+    num_draws: int | None = None,
     repetitions: int = 8,
     seed: int = 0,
 ) -> ImportanceMoments:
@@ -67,7 +67,7 @@ def importance_moments(
     Args:
         fit: a :class:`~vi_toolkit.Fit` on full data, without discrete latents.
         covariance: of the proposal, (d, d); None to sample the guide.
-        draws: per repetition; None for as many as is cheap, at most 50,000.
+        num_draws: per repetition; None for as many as is cheap, at most 50,000.
         repetitions: independent sets of draws, from whose spread the standard errors come.
         seed: of the draws.
 
@@ -81,7 +81,7 @@ def importance_moments(
         >>> abs(moments.log_evidence) < 0.05
         True
     """
-    sample = weighted_draws(fit, covariance, draws, repetitions, seed)
+    sample = weighted_draws(fit, covariance, num_draws, repetitions, seed)
     return moments_of(fit, sample, "guide" if covariance is None else "multivariate t")
 
 
@@ -90,11 +90,11 @@ Sample = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def weighted_draws(
-    fit: Any, covariance: np.ndarray | None, draws: int | None, repetitions: int, seed: int
+    fit: Any, covariance: np.ndarray | None, num_draws: int | None, repetitions: int, seed: int
 ) -> Sample:
     """The draws behind :func:`importance_moments`."""
     joint = fit.joint
-    count = draws or affordable_draws(joint, repetitions)
+    count = num_draws or affordable_draws(joint, repetitions)
     sample: Sample = []
     if covariance is None:
         for r in range(repetitions):
@@ -107,7 +107,7 @@ def weighted_draws(
     tril = torch.linalg.cholesky(target) * math.sqrt((nu - 2) / nu)
     df = torch.tensor(nu, dtype=torch.float64)
     proposal = dist.MultivariateStudentT(df, _guide_mean(fit), tril)
-    with fit._room(seeded_state(fit._seed(seed, 4))), torch.no_grad():
+    with fit._isolated(seeded_state(fit._seed(seed, 4))), torch.no_grad():
         for _ in range(repetitions):
             u = proposal.sample((count,))
             log_p = joint.log_densities(u.to(joint.start.dtype)).double()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vi_toolkit import deterministic as det
+from vi_toolkit.deterministic.objective import normals
+from vi_toolkit.deterministic.solver import solve
 from vi_toolkit.errors import ConvergenceWarning, NotDeterministicError
-from vi_toolkit.scope import seeded_state
+from vi_toolkit.programs.isolation import seeded_state
 
 DENSE = 1_000  # variational parameters up to which the Hessian is formed
 
@@ -107,12 +108,12 @@ def linear_response(fit: Any, scalars: list[str] | None = None) -> LinearRespons
     if unknown:
         raise ValueError(f"no scalar {unknown[0]!r}; the scalars are {', '.join(joint.names[:8])}")
     rows = [joint.names.index(n) for n in names]
-    with fit._room(seeded_state(fit.seed)):
+    with fit._isolated(seeded_state(fit.seed)):
         problem = progress.problem
         dtype = joint.start.dtype
-        z = det.normals(problem, progress.draws, fit.seed, max(progress.rounds - 1, 0), dtype)
+        z = normals(problem, progress.num_draws, fit.seed, max(progress.rounds - 1, 0), dtype)
         try:
-            problem, _, _ = det.solve(problem, z)
+            problem, _, _ = solve(problem, z)
             jacobian = problem.mean_jacobian()[rows]
             zero = torch.zeros(problem.size, dtype=dtype)
             # Whitened coordinates, so entries of order 1: one-sided differences are good to about

@@ -9,14 +9,14 @@ import numpy as np
 import pyro.poutine as poutine
 import torch
 
-from vi_toolkit.diagnostics.psis import USABLE, pareto_k
-from vi_toolkit.joint import latent_sites
-from vi_toolkit.noise import FunctionalNoise
-from vi_toolkit.scope import seeded_state
-from vi_toolkit.vectorise import Batched
+from vi_toolkit.diagnostics.pareto import USABLE, pareto_k
+from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.programs.noise import FunctionalNoise
+from vi_toolkit.programs.sites import latent_sites
+from vi_toolkit.programs.vectorise import Batched
 
 if TYPE_CHECKING:
-    from vi_toolkit.plots import Figure
+    from vi_toolkit.figures import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +27,14 @@ class LocalParetoK:
         plate: its name.
         sites: the latents in it.
         k: (n,), mean over repetitions.
-        standard_error: of that mean, (n,).
+        k_se: of that mean, (n,).
         effective_fraction: effective share of the draws, (n,).
     """
 
     plate: str
     sites: list[str]
     k: np.ndarray
-    standard_error: np.ndarray
+    k_se: np.ndarray
     effective_fraction: np.ndarray
 
     @property
@@ -60,7 +60,7 @@ class LocalParetoK:
 
     def plot(self) -> Figure:
         """k-hat of every datum."""
-        from vi_toolkit.plots import plot_local_psis
+        from vi_toolkit.figures import plot_local_psis
 
         return plot_local_psis(self)
 
@@ -71,7 +71,7 @@ class LocalParetoK:
 def local_psis(
     fit: Any,
     plate: str | None = None,
-    draws: int = 2_000,
+    num_draws: int = 2_000,
     repetitions: int = 4,
     seed: int = 0,
 ) -> LocalParetoK:
@@ -88,7 +88,7 @@ def local_psis(
     Args:
         fit: a :class:`~vi_toolkit.Fit` on full data, whose guide has the same plate.
         plate: name of the plate; None if only one has latents in it.
-        draws: of the locals, per repetition.
+        num_draws: of the locals, per repetition.
         repetitions: draws of the globals.
         seed: of the draws.
 
@@ -132,7 +132,7 @@ def local_psis(
 
     rows = []
     for r in range(repetitions):
-        with fit._room(seeded_state(fit._seed(seed + r, 5))), torch.no_grad():
+        with fit._isolated(seeded_state(fit._seed(seed + r, 5))), torch.no_grad():
             globals_only: Any = poutine.trace(fit.guide).get_trace(**fit._data)
             for name in guide_sites:
                 globals_only.remove_node(name)
@@ -146,14 +146,14 @@ def local_psis(
                     model_trace = model.get_trace(**fit._data)
                 return per_datum(model_trace) - per_datum(trace)
 
-            rows.append(Batched(one, fit._chunk(), random=True)(torch.zeros(draws)).double())
+            rows.append(Batched(one, fit._chunk(), random=True)(torch.zeros(num_draws)).double())
     weights = torch.stack(rows).numpy()  # (repetitions, draws, n)
     found = [pareto_k(weights[:, :, i]) for i in range(n)]
     return LocalParetoK(
         frame.name,
         sites,
         np.array([f.k for f in found]),
-        np.array([f.standard_error for f in found]),
+        np.array([f.k_se for f in found]),
         np.array([f.effective_fraction for f in found]),
     )
 

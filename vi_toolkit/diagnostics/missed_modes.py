@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vi_toolkit.modes import DENSE, Mode, find_modes
-from vi_toolkit.scope import seeded_state
+from vi_toolkit.deterministic.modes import DENSE, Mode, find_modes
+from vi_toolkit.programs.isolation import seeded_state
 
 BARRIER = 5.0  # nats that the density must fall on the way there: else it is the same mode
 SHARE = 0.05  # of the posterior's mass, from which a missed mode is worth a word
@@ -78,7 +78,7 @@ def missed_modes(
     draws = joint.flatten(fit.sample(2_000, seed=seed)).to(joint.start.dtype)
     if log_mass is None:
         log_mass = fit.elbo_estimate()[0]
-    with fit._room(seeded_state(fit._seed(seed, 5))):
+    with fit._isolated(seeded_state(fit._seed(seed, 5))):
         density = joint.log_densities(draws)
         inside = draws[density >= density.nanmedian()]  # a draw in the tail is half over a barrier
         modes = find_modes(joint, starts, seed + 1)

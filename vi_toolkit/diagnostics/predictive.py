@@ -11,11 +11,11 @@ import pandas as pd
 import scipy.stats
 from scipy.special import logsumexp
 
-from vi_toolkit.diagnostics.psis import USABLE, smoothed, smoothed_with_shape
-from vi_toolkit.joint import observed_sites
+from vi_toolkit.diagnostics.pareto import USABLE, smoothed, smoothed_with_shape
+from vi_toolkit.programs.sites import observed_sites
 
 if TYPE_CHECKING:
-    from vi_toolkit.plots import Figure
+    from vi_toolkit.figures import Figure
 
 NEARLY_ALL = 0.9  # of the draws
 LEVEL = 0.05  # chance of a false alarm, all checks together
@@ -124,7 +124,7 @@ class PredictiveCheck:
 
     def plot(self) -> Figure:
         """Replicated data, test statistics, calibration and k-hat per datum."""
-        from vi_toolkit.plots import plot_predictive
+        from vi_toolkit.figures import plot_predictive
 
         return plot_predictive(self)
 
@@ -133,7 +133,7 @@ def predictive_check(
     fit: Any,
     statistics: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
     site: str | None = None,
-    draws: int | None = None,
+    num_draws: int | None = None,
     seed: int = 0,
 ) -> PredictiveCheck:
     r"""Compare data with what the fitted model predicts: Box's question, not the guide's error.
@@ -151,7 +151,7 @@ def predictive_check(
         statistics: name -> function of one set of data, an array of the site's shape; None for
             mean, sd, minimum and maximum (of binary data, the mean).
         site: the observed site, if there are several.
-        draws: of the posterior; None for 4,000, or fewer (at least 1,000) of more than 5,000 data.
+        num_draws: of the posterior; None for 4,000, or fewer (at least 1,000) of more than 5,000 data.
         seed: of these draws.
 
     Raises:
@@ -174,8 +174,8 @@ def predictive_check(
         >>> "sd" in vi.predictive_check(fit).failed
         True
     """
-    draws = draws or int(np.clip(2e7 / max(fit.joint.observations, 1), 1_000, 4_000))
-    posterior, weights = fit.weighted_sample(draws, seed=seed)
+    num_draws = num_draws or int(np.clip(2e7 / max(fit.joint.observations, 1), 1_000, 4_000))
+    posterior, weights = fit.weighted_sample(num_draws, seed=seed)
     densities = fit.log_likelihood(draws=posterior)
     if site is None and len(densities) > 1:
         raise ValueError(f"the model observes {', '.join(densities)}: say which with site=")
@@ -186,7 +186,7 @@ def predictive_check(
     replicated = fit.predict(draws=posterior, seed=seed)[site].double().cpu().numpy()
     log_p = densities[site].double().cpu().numpy()
     scalar = log_p.shape[1:] == observed.shape
-    log_p = log_p.reshape(draws, -1)
+    log_p = log_p.reshape(num_draws, -1)
     binary = scalar and bool(np.isin(observed, (0, 1)).all() and np.isin(replicated, (0, 1)).all())
     if statistics is None:
         statistics = {"mean": np.mean} if binary else STATISTICS
@@ -206,7 +206,7 @@ def predictive_check(
         probability = np.where(flat == 1, np.exp(elpd), -np.expm1(np.minimum(elpd, 0)))
         p_value = spiegelhalter(probability, flat)
     elif scalar:
-        y, made = observed.reshape(-1), replicated.reshape(draws, -1)
+        y, made = observed.reshape(-1), replicated.reshape(num_draws, -1)
         below, ties = (w.T * (made < y)).sum(0), (w.T * (made == y)).sum(0)
         pit = below + np.random.default_rng(seed).uniform(size=len(y)) * ties
         p_value = float(scipy.stats.kstest(pit, "uniform").pvalue)
@@ -221,7 +221,7 @@ def predictive_check(
         table=_compared(at_data, values),
         statistic_values=values,
         observed=observed.reshape(-1),
-        replicated=replicated.reshape(draws, -1),
+        replicated=replicated.reshape(num_draws, -1),
         pit=pit,
         probability=probability,
         calibration_p_value=float(p_value),

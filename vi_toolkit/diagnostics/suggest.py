@@ -16,14 +16,14 @@ from pyro.infer.inspect import get_dependencies
 from pyro.infer.reparam import LocScaleReparam
 
 from vi_toolkit.comparison import STANDARD_ERRORS
-from vi_toolkit.diagnostics.psis import psis
+from vi_toolkit.diagnostics.pareto import psis
 from vi_toolkit.errors import ConvergenceWarning, VIError
 from vi_toolkit.fitting import MOST_LATENTS, Fit
 from vi_toolkit.fitting import fit as refit
-from vi_toolkit.joint import latent_sites
+from vi_toolkit.programs.sites import latent_sites
 
 if TYPE_CHECKING:
-    from vi_toolkit.plots import Figure
+    from vi_toolkit.figures import Figure
 
 Candidate = tuple[Callable[..., Any], Any]
 
@@ -58,13 +58,13 @@ class GuideSuggestion:
             return f"keep the guide: no other gains {LEAST_GAIN} nats (tried: {tried})"
         row = self.table.loc[self.best]
         return (
-            f"fit {self.best}: its ELBO is {row['gain']:.3f} ± {row['gain se']:.3f} nats larger, "
+            f"fit {self.best}: its ELBO is {row['gain']:.3f} ± {row['gain_se']:.3f} nats larger, "
             f"and k-hat {row['k-hat']:.2f} instead of {now['k-hat']:.2f}"
         )
 
     def plot(self) -> Figure:
         """Gain and k-hat of every candidate."""
-        from vi_toolkit.plots import plot_suggestion
+        from vi_toolkit.figures import plot_suggestion
 
         return plot_suggestion(self)
 
@@ -75,7 +75,7 @@ class GuideSuggestion:
 def suggest_guide(
     fit: Fit,
     candidates: Mapping[str, Candidate] | None = None,
-    draws: int = 10_000,
+    num_draws: int = 10_000,
     seed: int = 0,
 ) -> GuideSuggestion:
     """Fit richer guides to the same posterior, and name the one with the largest ELBO.
@@ -88,7 +88,7 @@ def suggest_guide(
     Args:
         fit: a :class:`~vi_toolkit.Fit` on full data.
         candidates: label -> (model, guide) to try instead; models with the same evidence.
-        draws: behind every ELBO and k-hat.
+        num_draws: behind every ELBO and k-hat.
         seed: of the fits and draws.
 
     Returns:
@@ -109,7 +109,7 @@ def suggest_guide(
         'AutoMultivariateNormal'
     """
     tried = _candidates(fit) if candidates is None else dict(candidates)
-    rows = {"as it is": _row(fit, draws, seed)}
+    rows = {"as it is": _row(fit, num_draws, seed)}
     fits: dict[str, Fit] = {}
     failed = {}
     for label, (model, guide) in tried.items():
@@ -117,23 +117,23 @@ def suggest_guide(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 fits[label] = refit(model, guide, fit.data, seed=seed, progress=False)
-            rows[label] = _row(fits[label], draws, seed)
+            rows[label] = _row(fits[label], num_draws, seed)
         except (VIError, ValueError, RuntimeError, NotImplementedError) as error:
             failed[label] = f"{type(error).__name__}: {error}".split("\n")[0]
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("guide")
     first = table.iloc[0]
     table.insert(2, "gain", table["ELBO"] - first["ELBO"])
     both = (table["ELBO se"] ** 2 + first["ELBO se"] ** 2) ** 0.5
-    table.insert(3, "gain se", both.where(table.index != "as it is", 0.0))
-    sure = table["gain"] - STANDARD_ERRORS * table["gain se"]
+    table.insert(3, "gain_se", both.where(table.index != "as it is", 0.0))
+    sure = table["gain"] - STANDARD_ERRORS * table["gain_se"]
     better = table.index[(table["gain"] > LEAST_GAIN) & (sure > 0)]
     best = str(table.loc[better, "gain"].idxmax()) if len(better) else None
     return GuideSuggestion(table, best, fits[best] if best else fit, failed)
 
 
-def _row(of: Fit, draws: int, seed: int) -> dict[str, Any]:
-    elbo, error = of.elbo_estimate(draws, seed)
-    k = psis(of, draws, repetitions=4, seed=seed)
+def _row(of: Fit, num_draws: int, seed: int) -> dict[str, Any]:
+    elbo, error = of.elbo_estimate(num_draws, seed)
+    k = psis(of, num_draws, repetitions=4, seed=seed)
     return {
         "ELBO": elbo,
         "ELBO se": error if math.isfinite(error) else 0.0,
@@ -164,7 +164,7 @@ def _candidates(of: Fit) -> dict[str, Candidate]:
 
 def hierarchical(of: Fit) -> list[str]:
     """Latents with a location-scale prior around other latents: those that can be non-centred."""
-    with of._room():
+    with of._isolated():
         dependencies: Any = get_dependencies(of.model, model_kwargs=of._data)
     priors = dependencies["prior_dependencies"]
     latents = latent_sites(of._model_trace)

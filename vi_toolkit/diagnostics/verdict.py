@@ -17,10 +17,10 @@ from vi_toolkit.diagnostics.evidence import Evidence, evidence_of
 from vi_toolkit.diagnostics.importance import ImportanceMoments, moments_of, weighted_draws
 from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
 from vi_toolkit.diagnostics.missed_modes import MissedMode, missed_modes
-from vi_toolkit.diagnostics.psis import ParetoK
+from vi_toolkit.diagnostics.pareto import ParetoK
 
 if TYPE_CHECKING:
-    from vi_toolkit.plots import Figure
+    from vi_toolkit.figures import Figure
 
 REPETITIONS = 8  # sets of draws, from whose spread standard errors come
 RICHER = "vi.suggest_guide(fit) fits richer guides and says which one helps, and by how much."
@@ -109,7 +109,7 @@ class Diagnosis:
 
     def plot(self) -> Figure:
         """One page: errors of means and sds per scalar, and the verdict."""
-        from vi_toolkit.plots import plot_diagnosis
+        from vi_toolkit.figures import plot_diagnosis
 
         return plot_diagnosis(self)
 
@@ -118,7 +118,7 @@ def diagnose(
     fit: Any,
     mean_tolerance: float = 0.05,
     sd_tolerance: float = 0.05,
-    draws: int | None = None,
+    num_draws: int | None = None,
     seed: int = 0,
     chains: bool = True,
 ) -> Diagnosis:
@@ -145,7 +145,7 @@ def diagnose(
         fit: a :class:`~vi_toolkit.Fit`.
         mean_tolerance: largest error of a mean, in posterior sds.
         sd_tolerance: largest relative error of an sd.
-        draws: per set of importance draws; None for as many as is cheap.
+        num_draws: per set of importance draws; None for as many as is cheap.
         seed: of the draws.
         chains: False to leave out the chains, which take longest (seconds to a minute or two).
 
@@ -180,7 +180,7 @@ def diagnose(
         reasons = ["The fit has not converged.", arrived.meaning]
         return Diagnosis(DO_NOT_TRUST, reasons, [step], arrived)
 
-    sample = weighted_draws(fit, None, draws, REPETITIONS, seed)
+    sample = weighted_draws(fit, None, num_draws, REPETITIONS, seed)
     own = moments_of(fit, sample, "guide")
     response = None
     if fit.family == "mean-field" and fit.method == "deterministic":
@@ -189,7 +189,7 @@ def diagnose(
     if fit.joint.dim <= MOST_FOR_COVARIANCE:
         covariance = _covariance(fit, response)
         if covariance is not None:
-            wider = weighted_draws(fit, covariance, draws, REPETITIONS, seed)
+            wider = weighted_draws(fit, covariance, num_draws, REPETITIONS, seed)
             wide = moments_of(fit, wider, "multivariate t")
     weighted = [m for m in (wide, own) if m is not None and m.pareto_k.reliable]
     missed = missed_modes(fit, weighted[0].log_evidence if weighted else None, seed=seed)
@@ -306,9 +306,9 @@ def _table(
             "VI mean": mean,
             "VI sd": sd,
             "mean error": error,
-            "mean error se": error_se,
+            "mean_error_se": error_se,
             "sd ratio": ratio,
-            "sd ratio se": ratio_se,
+            "sd_ratio_se": ratio_se,
             "mean ok": np.abs(error) <= np.maximum(mean_limit, STANDARD_ERRORS * error_se),
             "sd ok": np.abs(np.log(ratio))
             <= np.maximum(math.log1p(sd_limit), STANDARD_ERRORS * ratio_se),

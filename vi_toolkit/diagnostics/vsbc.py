@@ -15,15 +15,16 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from tqdm.auto import tqdm
 
+from vi_toolkit.deterministic.replications import fit_replications
 from vi_toolkit.errors import ConvergenceWarning, PreflightError
 from vi_toolkit.fitting import fit
-from vi_toolkit.joint import Joint, latent_sites, observed_sites
-from vi_toolkit.replications import fit_replications
-from vi_toolkit.scope import borrowed_globals, seeded_state
-from vi_toolkit.vectorise import BAD_POINT
+from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
+from vi_toolkit.programs.joint import Joint
+from vi_toolkit.programs.sites import latent_sites, observed_sites
+from vi_toolkit.programs.vectorise import BAD_POINT
 
 if TYPE_CHECKING:
-    from vi_toolkit.plots import Figure
+    from vi_toolkit.figures import Figure
 
 Replication = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 
@@ -107,7 +108,7 @@ class VSBC:
 
     def plot(self) -> Figure:
         """Histograms of p with their mirror images, the least symmetric scalars first."""
-        from vi_toolkit.plots import plot_vsbc
+        from vi_toolkit.figures import plot_vsbc
 
         return plot_vsbc(self)
 
@@ -172,14 +173,14 @@ def vsbc(
         simulate = PriorPredictive(model, data or {}, seed)
     runs = [simulate(r) for r in range(replications)]
     first = dict(runs[0][0])
-    with borrowed_globals(rng_state=seeded_state(seed), dtype=torch.float64):
+    with isolated_pyro_state(rng_state=seeded_state(seed), dtype=torch.float64):
         every = None
         try:
             joint = Joint(model, _in_double(first))
             if not options:
                 every = _all_at_once(joint, guide, [_in_double(data) for data, _ in runs], seed)
         except BAD_POINT:  # a single-precision tensor of the model's own does not mix with double
-            with borrowed_globals(dtype=torch.float32):
+            with isolated_pyro_state(dtype=torch.float32):
                 joint = Joint(model, first)
         dtype = joint.start.dtype
         truth = torch.stack(
@@ -258,7 +259,7 @@ class PriorPredictive:
     def __init__(self, model: Callable[..., Any], data: Mapping[str, Any], seed: int = 0):
         self.model, self.data, self.seed = model, dict(data), seed
         own = "Or give simulate=, a function of a number that returns (data, latents)."
-        with self._room(0), torch.no_grad():
+        with self._isolated(0), torch.no_grad():
             try:
                 drawn: Any = poutine.trace(model).get_trace(**self.data)
             except NotImplementedError as error:
@@ -295,13 +296,13 @@ class PriorPredictive:
                 self.entry_of[name] = held[0]
             self._check_that_nothing_else_uses_them(drawn, own)
 
-    def _room(self, number: int) -> Any:
+    def _isolated(self, number: int) -> Any:
         state = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
         dtype = next(
             (v.dtype for v in self.data.values() if torch.is_tensor(v) and v.is_floating_point()),
             None,
         )
-        return borrowed_globals(rng_state=seeded_state(int(state)), dtype=dtype)
+        return isolated_pyro_state(rng_state=seeded_state(int(state)), dtype=dtype)
 
     def _draw(self, data: Mapping[str, Any]) -> Any:
         return poutine.trace(poutine.uncondition(self.model)).get_trace(**data)
@@ -329,7 +330,7 @@ class PriorPredictive:
                 )
 
     def __call__(self, number: int) -> Replication:
-        with self._room(number + 1), torch.no_grad():
+        with self._isolated(number + 1), torch.no_grad():
             trace = self._draw(self.data)
         data = dict(self.data)
         for name, entry in self.entry_of.items():

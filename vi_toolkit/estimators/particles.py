@@ -30,9 +30,9 @@ from torch.distributions import Independent
 from torch.utils import _pytree as pytree
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.noise import FunctionalNoise
-from vi_toolkit.scope import kept_random_state
-from vi_toolkit.vectorise import Batched
+from vi_toolkit.programs.isolation import kept_random_state
+from vi_toolkit.programs.noise import FunctionalNoise
+from vi_toolkit.programs.vectorise import Batched
 
 Site = Any  # a node of a Pyro trace, or the message that becomes one
 Tensors = dict[str, Any]

@@ -14,8 +14,8 @@ from torch.distributions import Independent, biject_to, constraints, kl_divergen
 
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.estimators import (
+    dependencies,
     divergence,  # noqa: F401  (its closed forms join torch's)
-    structure,
 )
 from vi_toolkit.estimators.particles import (
     ParticleELBO,
@@ -26,7 +26,7 @@ from vi_toolkit.estimators.particles import (
     run,
     terms_of,
 )
-from vi_toolkit.scope import kept_random_state
+from vi_toolkit.programs.isolation import kept_random_state
 
 
 class Reparam(ParticleELBO):
@@ -91,7 +91,9 @@ class Reparam(ParticleELBO):
         if not self.analytic_kl:
             return
         # An AutoNormal draws its latents independently: none comes after another.
-        found = None if type(guide) is AutoNormal else structure.read(model, guide, args, kwargs)
+        found = (
+            None if type(guide) is AutoNormal else dependencies.trace(model, guide, args, kwargs)
+        )
         with kept_random_state(), torch.no_grad():
             model_trace, guide_trace = run(model, guide, args, kwargs)
         latents = [name for name, site in guide_trace.nodes.items() if is_drawn(site)]
@@ -166,7 +168,7 @@ def _on_the_models_scale(q: Any, p: Any) -> Any:
 
 def _kl_fitness(
     latent: str,
-    found: structure.Structure | None,
+    found: dependencies.Dependencies | None,
     model_trace: Any,
     guide_trace: Any,
     guide: Any,

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution, Independent
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.estimators import structure
+from vi_toolkit.estimators import dependencies
 from vi_toolkit.estimators.baselines import Baseline, Signal
 from vi_toolkit.estimators.particles import (
     Detach,
@@ -28,7 +28,7 @@ from vi_toolkit.estimators.particles import (
     total,
 )
 from vi_toolkit.estimators.reparam import reparameterised
-from vi_toolkit.scope import kept_random_state
+from vi_toolkit.programs.isolation import kept_random_state
 
 
 class Score(ParticleELBO):
@@ -42,7 +42,7 @@ class Score(ParticleELBO):
     differentiable. R_i sums the terms t of log p - log q that involve z_i, or what the guide
     draws given z_i; all others have mean zero against its score. The choice is made per element of
     a plate and, for a site of independent coordinates, per coordinate for its own log q and prior
-    (:mod:`vi_toolkit.estimators.structure` says how it is read off model and guide). The
+    (:mod:`vi_toolkit.estimators.dependencies` says how it is read off model and guide). The
     baseline b_i (:mod:`vi_toolkit.estimators.baselines`) takes out more variance.
 
     Sites that are not in ``sites`` are reparameterised. A point mass (``Delta``, as in
@@ -103,7 +103,7 @@ class Score(ParticleELBO):
         self.baseline = baseline
         self.rao_blackwell = rao_blackwell
         self.sites = None if sites is None else list(sites)
-        self.structure: structure.Structure | None = None
+        self.dependencies: dependencies.Dependencies | None = None
         self._seen: tuple[Any, ...] | None = None
         self._chosen: set[str] = set()
         self._baselines: dict[str, Baseline] = {}
@@ -134,7 +134,7 @@ class Score(ParticleELBO):
 
     def prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         super().prepare(model, guide, args, kwargs)
-        self.structure = structure.read(model, guide, args, kwargs)
+        self.dependencies = dependencies.trace(model, guide, args, kwargs)
         with kept_random_state(), torch.no_grad():
             _, guide_trace = run(model, guide, args, kwargs)
         drawn = {n: s for n, s in guide_trace.nodes.items() if is_drawn(s)}
@@ -195,7 +195,7 @@ class Score(ParticleELBO):
         self._seen = seen
         factors: dict[str, dict[str, Any]] = {}
         facts: dict[str, dict[str, Any]] = {}
-        assert self.structure is not None
+        assert self.dependencies is not None
         for name, site in guide_trace.nodes.items():
             if not is_drawn(site) or name not in self._chosen:
                 continue
@@ -204,7 +204,7 @@ class Score(ParticleELBO):
             if not dims:
                 site["log_prob"] = _scaled(log_q, site, 0)
             factors[name] = {"log_q": log_q, "own": -_scaled(log_q.detach(), site, dims)}
-            prior = self.structure.coordinatewise.get(name) if self.rao_blackwell else None
+            prior = self.dependencies.coordinatewise.get(name) if self.rao_blackwell else None
             if prior is not None:
                 log_p, _ = pointwise(model_trace.nodes[prior])
                 factors[name]["prior"] = _scaled(log_p.detach(), model_trace.nodes[prior], dims)
@@ -267,19 +267,21 @@ class Score(ParticleELBO):
 
     def _signal(self, name: str, tensors: Tensors, about: dict[str, Any]) -> torch.Tensor:
         """R of one site, shape (S, *batch shape, *independent dims), without gradient."""
-        assert self.structure is not None
+        assert self.dependencies is not None
         factor, facts = tensors["factors"][name], about["factors"][name]
         shape, dims = factor["log_q"].shape, facts["dims"]
         batch = shape[1 : len(shape) - dims]
         signal = torch.zeros_like(factor["log_q"].detach())
         for term in about["terms"]:
             key = (term.owner, term.name)
-            if self.rao_blackwell and key == ("guide", name) and not self.structure.unreadable:
+            if self.rao_blackwell and key == ("guide", name) and not self.dependencies.unreadable:
                 signal = signal + factor["own"]
             elif self.rao_blackwell and key == ("model", facts["prior"]):
                 signal = signal + factor["prior"]
-            elif not self.rao_blackwell or (name, key) in self.structure.involved:
-                shared = self.structure.involved[name, key] if self.rao_blackwell else frozenset()
+            elif not self.rao_blackwell or (name, key) in self.dependencies.involved:
+                shared = (
+                    self.dependencies.involved[name, key] if self.rao_blackwell else frozenset()
+                )
                 part = tensors["terms"][f"{term.owner}/{term.name}"].detach()
                 part = _sum_to(term, part, shared, batch)
                 part = part.reshape(*part.shape, *[1] * dims)

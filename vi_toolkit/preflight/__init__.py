@@ -19,13 +19,13 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.guides import private_guide
 from vi_toolkit.preflight import shapes, sites, support, words
 from vi_toolkit.preflight.causes import cause, density_error
 from vi_toolkit.preflight.data import check_arguments, check_data, tensors
 from vi_toolkit.preflight.runs import Run, model_runs, numerical, passed, run, run_model
-from vi_toolkit.scope import borrowed_globals, seeded_state
-from vi_toolkit.subsampling import PlatePlan, plan_of_large_plate
+from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
+from vi_toolkit.programs.minibatches import PlatePlan, plan_of_large_plate
+from vi_toolkit.programs.private_guide import private_guide
 
 __all__ = ["preflight"]
 
@@ -96,7 +96,7 @@ def preflight(
     floats = {v.dtype for _, _, v in tensors(data) if v.is_floating_point() and v.dim()}
     usual = floats & {torch.float32, torch.float64}
     with (
-        borrowed_globals(
+        isolated_pyro_state(
             rng_state=seeded_state(0), dtype=usual.pop() if usual else None, validate=True
         ),
         warnings.catch_warnings(),

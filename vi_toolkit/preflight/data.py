@@ -12,8 +12,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.guides import unwrap
 from vi_toolkit.preflight import words
+from vi_toolkit.programs.private_guide import unwrap
 
 
 def numbers(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Tensor]]:

@@ -17,9 +17,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from vi_toolkit.guides import unwrap
 from vi_toolkit.preflight import support, words
 from vi_toolkit.preflight.support import Site
+from vi_toolkit.programs.private_guide import unwrap
 
 # A density must be non-finite, or raise, at all of these before it counts as a mistake.
 PRIOR_DRAWS = 5

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.guides import unwrap
 from vi_toolkit.preflight import words
 from vi_toolkit.preflight.data import signature
 from vi_toolkit.preflight.runs import Run
 from vi_toolkit.preflight.shapes import plates
 from vi_toolkit.preflight.support import Site, family, is_discrete
+from vi_toolkit.programs.private_guide import unwrap
 
 
 def check_latents(model: Run) -> None:

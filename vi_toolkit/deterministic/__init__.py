@@ -1,0 +1,1 @@
+"""Deterministic VI: fix the base noise, then optimise as one optimises any smooth function."""

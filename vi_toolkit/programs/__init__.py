@@ -1,0 +1,1 @@
+"""Running Pyro models and guides: sites, isolation, minibatches, densities, noise."""

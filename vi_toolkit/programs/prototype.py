@@ -1,0 +1,76 @@
+"""One run of a model at values of its latents at which it does not raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.utils import helpful_support_errors
+from torch.distributions import biject_to
+
+from vi_toolkit.programs.sites import latent_sites
+from vi_toolkit.programs.vectorise import BAD_POINT
+
+
+def start_value(site: dict[str, Any]) -> torch.Tensor:
+    """A first value for a latent: the prior median, or the middle of the unconstrained space.
+
+    Pyro's own initialisers draw from the prior, which an improper prior does not allow.
+    """
+    fn = site["fn"]
+    try:
+        return init_to_median(site)
+    except NotImplementedError:
+        with helpful_support_errors(site):
+            transform = biject_to(fn.support)
+        return transform(torch.zeros(transform.inverse_shape(fn.shape())))
+
+
+def prototype(
+    model: Callable[..., Any],
+    data: Mapping[str, Any],
+    start: Callable[[dict[str, Any]], torch.Tensor] = start_value,
+) -> Any:
+    """Trace of one run of the model in which every latent has a value from ``start``."""
+    with torch.no_grad(), InitMessenger(start):
+        return poutine.trace(model).get_trace(**data)
+
+
+ATTEMPTS = 100  # at finding latents at which a model runs
+
+
+def values_it_runs_at(
+    model: Callable[..., Any],
+    data: Mapping[str, Any],
+    start: Callable[[dict[str, Any]], torch.Tensor] = start_value,
+) -> dict[str, torch.Tensor]:
+    """Latents at which the model does not raise: from ``start`` if it can be, else prior draws.
+
+    A model may well raise at its prior medians: at a covariance that is not positive definite, or
+    in a solver that does not converge there.
+
+    Raises:
+        what the model raised first, if it raises at ``ATTEMPTS`` prior draws too.
+    """
+
+    def prior_draw(site: dict[str, Any]) -> torch.Tensor:
+        try:
+            return site["fn"].sample().detach()
+        except NotImplementedError:
+            return start_value(site)
+
+    first: Exception | None = None
+    for attempt in range(1 + ATTEMPTS):
+        try:
+            # Hidden from the handlers around, which must see one run only.
+            with poutine.block():
+                trace = prototype(model, data, prior_draw if attempt else start)
+        except BAD_POINT as error:
+            first = first or error
+        else:
+            return {name: site["value"] for name, site in latent_sites(trace).items()}
+    assert first is not None
+    raise first

@@ -1,0 +1,162 @@
+"""Pyro's NUTS on a compiled log density: the draws behind a reference posterior.
+
+A leapfrog step of Pyro's NUTS spends its time in effect handlers. Here the log density and its
+gradient are recorded once and compiled (:mod:`vi_toolkit.compiled.density`), and NUTS itself,
+adaptation included, is Pyro's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer import MCMC, NUTS
+from torch.distributions import biject_to
+
+from vi_toolkit.compiled.density import CompiledDensity, compiled_density
+from vi_toolkit.errors import InvalidReferenceError
+from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
+from vi_toolkit.programs.joint import Joint
+from vi_toolkit.programs.prototype import ATTEMPTS
+
+LONG_RUN = 4_000  # transitions from which compiling pays
+
+
+def nuts_draws(
+    model: Callable[..., Any],
+    data: Mapping[str, Any],
+    chains: int = 4,
+    num_draws: int = 1000,
+    warmup: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+    full_mass: bool = False,
+    target_accept: float = 0.8,
+    compile: str | bool = "auto",
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Draws from a posterior by Pyro's NUTS, in float64.
+
+    The chains run one after the other, each from its own seed and its own start, uniform on
+    (-2, 2) on the unconstrained scale. The caller's random state and parameter store are left as
+    they were.
+
+    Args:
+        model: Pyro model without discrete latents.
+        data: its keyword arguments, floating tensors in float64.
+        chains, num_draws, warmup: numbers per run and per chain.
+        seed: the chains' seeds are derived from it.
+        progress: show Pyro's progress bar for each chain.
+        full_mass: adapt a dense mass matrix.
+        target_accept: NUTS' target acceptance probability.
+        compile: whether to compile the log density: ``True`` insists, ``False`` never does,
+            ``"auto"`` does from 4,000 transitions in all and goes on eagerly, with a warning,
+            where it cannot. Rounding differs, so the chains are other chains of the same
+            posterior.
+
+    Returns:
+        (site -> (chains, draws, *shape), facts for :attr:`Reference.made`).
+
+    Raises:
+        CompileError: ``compile=True``, and it cannot be compiled.
+        InvalidReferenceError: fewer than 4 draws are asked for, or no start with a finite density was
+            found.
+
+    References:
+        Hoffman and Gelman, "The No-U-Turn Sampler", 2014.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> y = torch.tensor(1.0, dtype=torch.float64)
+        >>> draws, made = nuts_draws(model, {"y": y}, 2, 10, 10, progress=False)
+        >>> draws["mu"].shape, made["compiled"]
+        (torch.Size([2, 10]), False)
+    """
+    if num_draws < 4:
+        raise InvalidReferenceError("the diagnostics of a chain need at least 4 draws")
+    with isolated_pyro_state(rng_state=seeded_state(seed), dtype=torch.float64):
+        joint = Joint(model, data)
+        density = None
+        if compile is True or (compile == "auto" and chains * (num_draws + warmup) >= LONG_RUN):
+            make = CompiledDensity if compile is True else compiled_density
+            density = make(joint.log_density, _start(joint)[None], state=model)
+    seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(chains)]
+    collected: list[dict[str, torch.Tensor]] = []
+    diverged = 0
+    options: dict[str, Any] = {"full_mass": full_mass, "target_accept_prob": target_accept}
+    for chain_seed in seeds:
+        with isolated_pyro_state(rng_state=seeded_state(chain_seed), dtype=torch.float64):
+            if density is None:
+                # Only enumeration needs the nesting, and Pyro's own guess draws from the prior,
+                # which an improper prior does not allow.
+                kernel = NUTS(model, init_strategy=_uniform_start, max_plate_nesting=0, **options)
+                arguments, start = dict(data), None
+            else:
+                kernel = NUTS(potential_fn=_potential(density), **options)
+                arguments, start = {}, {"u": _start(joint)}
+            sampler = MCMC(
+                kernel, num_draws, warmup, initial_params=start, disable_progbar=not progress
+            )
+            sampler.run(**arguments)
+            found = sampler.get_samples()
+            collected.append(found if density is None else joint.unflatten(found["u"]))
+            diverged += len(sampler.diagnostics()["divergences"]["chain 0"])
+    made = {
+        "method": "NUTS, Pyro's",
+        "chains": chains,
+        "draws": num_draws,
+        "warmup": warmup,
+        "seed": seed,
+        "chain_seeds": seeds,
+        "full_mass": full_mass,
+        "target_accept": target_accept,
+        "compiled": density is not None,
+        "divergences": diverged,
+    }
+    return {s: torch.stack([c[s] for c in collected]) for s in joint.sites}, made
+
+
+def _potential(density: CompiledDensity) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    def potential(at: dict[str, torch.Tensor]) -> torch.Tensor:
+        return _MinusDensity.apply(at["u"], density)
+
+    return potential
+
+
+class _MinusDensity(torch.autograd.Function):
+    """Minus a log density whose gradient comes with its value."""
+
+    @staticmethod
+    def forward(ctx: Any, u: torch.Tensor, density: CompiledDensity) -> torch.Tensor:
+        gradient, value = density(u[None])
+        ctx.save_for_backward(gradient[0])
+        return -value[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return -grad * ctx.saved_tensors[0], None
+
+
+def _start(joint: Joint) -> torch.Tensor:
+    """A point uniform on (-2, 2) in every coordinate with a finite density, as Stan's."""
+    for _ in range(ATTEMPTS):
+        u = 4 * torch.rand(joint.dim) - 2
+        gradient, value = joint.gradients(u[None])
+        if math.isfinite(value[0]) and bool(torch.isfinite(gradient).all()):
+            return u
+    raise InvalidReferenceError(
+        f"none of {ATTEMPTS} starts, uniform on (-2, 2) on the unconstrained scale, has a finite "
+        "density: rescale the data, or write the model so that such values are possible"
+    )
+
+
+def _uniform_start(site: dict[str, Any]) -> torch.Tensor:
+    """The same by Pyro's means, whose ``init_to_uniform`` draws from the prior first, which an
+    improper one does not allow."""
+    transform = biject_to(site["fn"].support)
+    return transform(4 * torch.rand(transform.inverse_shape(site["fn"].shape())) - 2)

@@ -1,0 +1,1 @@
+"""Stochastic VI: annealed steps, averaged iterates, restarts, and a rule for when to stop."""

@@ -1,0 +1,320 @@
+"""Stochastic VI: annealed steps, averaged iterates, and a rule for when to stop.
+
+For minibatches, discrete latents, amortised and very large guides. A constant step size leaves
+the iterates jittering around the optimum, and a schedule fixed in advance must guess how long the
+way is. So the steps go in stages of constant step size. A stage is looked at when it is 640 steps
+long, then 1,280, 2,560 and so on: once its last three quarters no longer drift, their average is
+the stage's answer and the step size is divided by four. The fit ends when the average's Monte
+Carlo error, in posterior standard deviations, is small and agrees with the stage before. (The
+error of an average depends on how many steps it is over, not on their size; the step size only
+sets the bias, which shows as the difference between stages.)
+
+The rule follows Dhaka et al., "Robust, Accurate Stochastic Optimization for Variational
+Inference", 2020, and Welandawe et al., "A Framework for Improving the Reliability of Black-box
+Variational Inference", JMLR 2024, in watching the iterates rather than the ELBO. The natural
+units of a variational parameter come from the guide's own Fisher information.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO
+
+from vi_toolkit.compiled.accelerator import Accelerator
+from vi_toolkit.programs.isolation import (
+    kept_random_state,
+    random_state,
+    seeded_state,
+    set_random_state,
+)
+from vi_toolkit.programs.leaves import flat, unflat, unique_leaves
+from vi_toolkit.programs.minibatches import Minibatches, PlatePlan
+from vi_toolkit.programs.nonfinite import blame
+
+BLOCKS = 64  # block means per look; then neighbours merge and blocks are twice as long
+FIRST_BLOCK = 10  # steps per block at the start
+SHRINK = 0.25  # of the step size from stage to stage
+ERROR_TOLERANCE = 0.02  # posterior sds
+MOST_STEPS = 40_000  # when neither steps nor convergence end the fit
+# The average of T steps on minibatches of B out of N data is off by sqrt(N / (B T)) posterior sds
+# at best, so that small minibatches take long; compiled steps can afford it.
+MOST_COMPILED_STEPS = 200_000
+
+
+class Stochastic:
+    """A stochastic fit in progress: everything that one step needs and changes.
+
+    Runs inside :func:`~vi_toolkit.programs.isolation.isolated_pyro_state`, which holds its parameters.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        data: Mapping[str, Any],
+        estimator: ELBO,
+        optimizer: float | Callable[[list[torch.Tensor]], torch.optim.Optimizer],
+        plan: PlatePlan | None,
+        seed: int,
+        average: bool = True,
+        compile: str | bool = False,
+    ):
+        self.model, self.guide, self.data = model, guide, data
+        self.estimator: Any = estimator
+        self.plan, self.average = plan, average
+        self.leaves = unique_leaves()
+        if callable(optimizer):
+            self.optimizer = optimizer(self.leaves)
+        else:
+            self.optimizer = torch.optim.Adam(self.leaves, lr=optimizer)
+        self.batches = (
+            Minibatches(plan.size, plan.batch, torch.Generator().manual_seed(seed))
+            if plan
+            else None
+        )
+        self.rng = seeded_state(seed)
+        self.step = 0
+        self.stage = 0
+        self.block_length = FIRST_BLOCK
+        self.in_block = 0
+        self.block_sum = torch.zeros_like(flat(self.leaves))
+        self.blocks: list[torch.Tensor] = []
+        self.stage_average: torch.Tensor | None = None  # of the last completed stage
+        self.stage_noise: torch.Tensor | None = None  # its standard error
+        self.error = math.inf
+        self.elbo: list[float] = []
+        self.accelerator = Accelerator(self, compile)
+
+    @property
+    def converged(self) -> bool:
+        return self.error <= ERROR_TOLERANCE
+
+    def one_step(self) -> float:
+        """One optimiser step; returns its ELBO estimate."""
+        data: Mapping[str, Any] = self.data
+        handler: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.plan is not None and self.batches is not None:
+            data, handler = self.plan.apply(self.data, self.batches.next())
+        self.optimizer.zero_grad(set_to_none=True)
+        before = random_state()
+        with handler, warnings.catch_warnings():
+            # Pyro warns of what is raised below, with the site's name.
+            warnings.filterwarnings("ignore", message="Encountered ")
+            loss = self.estimator.loss_and_grads(self.model, self.guide, **data)
+        bad_gradient = next(
+            (p for p in self.leaves if p.grad is not None and not torch.isfinite(p.grad).all()),
+            None,
+        )
+        if not math.isfinite(loss) or bad_gradient is not None:
+            set_random_state(before)
+            raise blame(self.model, self.guide, data, handler, self.step, loss, bad_gradient)
+        self.check_parameters()
+        self.optimizer.step()
+        self.step += 1
+        self.elbo.append(-loss)
+        self.block_sum += flat(self.leaves)
+        self.in_block += 1
+        return -loss
+
+    def check_parameters(self) -> None:
+        """Every parameter must have been there at the first step."""
+        new = [p for p in unique_leaves() if not any(p is q for q in self.leaves)]
+        if new:
+            names = [n for n, p in pyro.get_param_store().named_parameters() if p is new[0]]
+            raise ValueError(
+                f"the parameter {names[0]!r} appeared only at step {self.step}: register every "
+                "pyro.param on every run of the model or guide"
+            )
+
+    def check_stage(self) -> bool:
+        """Looks at the stage where its time has come; True if it has."""
+        if self.in_block < self.block_length:
+            return False
+        self.blocks.append(self.block_sum / self.block_length)
+        self.block_sum, self.in_block = torch.zeros_like(self.block_sum), 0
+        if len(self.blocks) < BLOCKS:
+            return False
+        tail = torch.stack(self.blocks[BLOCKS // 4 :])
+        if drifts(tail):
+            self._merge_blocks()
+            return True
+        units, average = self.fisher_scale(), tail.mean(0)
+        noises = monte_carlo_error(tail)
+        noise = float((noises * units).max())
+        self.error = math.inf
+        if self.stage_average is not None and self.stage_noise is not None:
+            # A bias linear in the step size shrinks fourfold a stage, so a third of the move
+            # between stages remains: of what is left of the move without the two averages' noise.
+            square = (average - self.stage_average) ** 2 - self.stage_noise**2 - noises**2
+            moved = float((square.clamp_min(0).sqrt() * units).max())
+            self.error = max(noise, moved * SHRINK / (1 - SHRINK))
+        if self.stage_average is not None and noise > ERROR_TOLERANCE:
+            self._merge_blocks()  # only more steps make an average more precise
+            return True
+        if self.converged:
+            self._merge_blocks()  # asked for more steps, the fit goes on with longer blocks
+            return True
+        self.stage_average, self.stage_noise, self.blocks = average, noises, []
+        self.stage += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] *= SHRINK
+        return True
+
+    def _merge_blocks(self) -> None:
+        pairs = zip(self.blocks[::2], self.blocks[1::2], strict=True)
+        self.blocks = [(a + b) / 2 for a, b in pairs]
+        self.block_length *= 2
+
+    @kept_random_state()
+    def fisher_scale(self, num_draws: int = 64) -> torch.Tensor:
+        """Root of the guide's Fisher information per parameter: 1/sd for a location.
+
+        A change d of a parameter times its unit is the change in posterior standard deviations
+        (root 2 times that for a log scale). Parameters that the guide's density does not depend
+        on (of the model) get the unit 0: their error is not judged.
+        """
+        torch.manual_seed(self.step)
+        total = torch.zeros_like(self.block_sum)
+        data: Mapping[str, Any] = self.data
+        handler: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.plan is not None:
+            rows = torch.randint(0, self.plan.size, (self.plan.batch,))
+            data, handler = self.plan.apply(self.data, rows)
+        for _ in range(num_draws):
+            with handler:
+                with torch.no_grad():
+                    values = poutine.trace(self.guide).get_trace(**data)
+                # Replayed, so that the draws are constants and only log q depends on parameters.
+                replayed = poutine.replay(self.guide, trace=values)
+                trace: Any = poutine.trace(replayed).get_trace(**data)
+            log_q = sum(
+                site["fn"].log_prob(site["value"].detach()).sum()
+                for site in trace.nodes.values()
+                if site["type"] == "sample" and type(site["fn"]).__name__ not in _NO_DENSITY
+            )
+            if not isinstance(log_q, torch.Tensor) or not log_q.requires_grad:
+                return total
+            grads = torch.autograd.grad(log_q, self.leaves, allow_unused=True)
+            total += torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).reshape(-1)
+                    for p, g in zip(self.leaves, grads, strict=True)
+                ]
+            ).square()
+        return (total / num_draws).sqrt()
+
+    def result(self) -> torch.Tensor:
+        """The parameters to report: an average where the iterates no longer drift."""
+        if self.average and len(self.blocks) >= BLOCKS // 2:
+            tail = torch.stack(self.blocks[len(self.blocks) // 4 :])
+            if self.stage or not drifts(tail):
+                return tail.mean(0)
+        if self.average and self.stage_average is not None:
+            return self.stage_average
+        return flat(self.leaves)
+
+    def advance(
+        self,
+        steps: int | None,
+        report: Callable[[int, list[float], float], None],
+        stop: Callable[[Stochastic], bool] | None = None,
+    ) -> None:
+        """Take ``steps`` steps, or as many as convergence needs if None.
+
+        Args:
+            steps: number of optimiser steps.
+            report: called after each step or block of compiled steps with the number of steps
+                so far, the ELBOs of the new ones and the error so far.
+            stop: asked after each look at a stage; the fit's own rule if None.
+        """
+        end = None if steps is None else self.step + steps
+        set_random_state(self.rng)
+        try:
+            self.accelerator.begin(steps)
+            while (left := self._left(end)) > 0:
+                # A block's sum must not run on into the next.
+                elbos = self.accelerator.take(min(left, self.block_length - self.in_block))
+                looked = self.check_stage()
+                report(self.step, elbos, self.error)
+                if looked and (stop(self) if stop else steps is None and self.converged):
+                    break
+                if looked:
+                    self.accelerator.look_around()
+            self.accelerator.finish()
+        finally:
+            self.rng = random_state()
+
+    def _left(self, end: int | None) -> int:
+        if end is None:
+            end = MOST_COMPILED_STEPS if self.accelerator.compiles else MOST_STEPS
+        return end - self.step
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on bit for bit, as nested dicts of tensors and numbers."""
+        return {
+            "iterate": flat(self.leaves),
+            "optimizer": self.optimizer.state_dict(),
+            "batches": self.batches.state() if self.batches else None,
+            "rng": self.rng,
+            "step": self.step,
+            "stage": self.stage,
+            "block_length": self.block_length,
+            "in_block": self.in_block,
+            "block_sum": self.block_sum,
+            "blocks": torch.stack(self.blocks) if self.blocks else None,
+            "stage_average": self.stage_average,
+            "stage_noise": self.stage_noise,
+            "error": self.error,
+            "elbo": torch.tensor(self.elbo, dtype=torch.float64),
+            "estimator": self.estimator.state() if hasattr(self.estimator, "state") else {},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        unflat(state["iterate"], self.leaves)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.batches:
+            self.batches.restore(state["batches"])
+        self.rng = state["rng"]
+        self.step, self.stage = int(state["step"]), int(state["stage"])
+        self.block_length, self.in_block = int(state["block_length"]), int(state["in_block"])
+        self.block_sum = state["block_sum"]
+        self.blocks = list(state["blocks"]) if state["blocks"] is not None else []
+        self.stage_average = state["stage_average"]
+        self.stage_noise = state.get("stage_noise")
+        self.error = float(state["error"])
+        self.elbo = state["elbo"].tolist()
+        if hasattr(self.estimator, "load_state"):
+            self.estimator.load_state(state["estimator"])
+
+
+_NO_DENSITY = {"_Subsample", "Delta", "Unit"}
+
+
+def drifts(blocks: torch.Tensor) -> bool:
+    """Whether the block means (blocks, parameters) still go somewhere.
+
+    Compares the means of the two halves: for iterates in equilibrium the squared standardised
+    difference averages about 1 over parameters, a little more with autocorrelation.
+    """
+    half = len(blocks) // 2
+    first, second = blocks[:half], blocks[half:]
+    variance = first.var(0) / half + second.var(0) / (len(blocks) - half)
+    live = variance > 0
+    if not live.any():
+        return False
+    t = (second.mean(0) - first.mean(0))[live].square() / variance[live]
+    return float(t.mean()) > 4.0
+
+
+def monte_carlo_error(blocks: torch.Tensor) -> torch.Tensor:
+    """Standard error of the mean of the blocks per parameter, by 8 batch means."""
+    batches = torch.stack([b.mean(0) for b in blocks.tensor_split(8)])
+    return batches.std(0) / math.sqrt(8)
