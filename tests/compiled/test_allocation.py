@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vi_toolkit.compiled import program
+from vi_toolkit.compiled import aot_cache
 from vi_toolkit.compiled.allocation import allocate_once
 from vi_toolkit.compiled.rewrites import lookups_stay_inside
 
@@ -95,7 +95,7 @@ def test_a_program_of_another_form_stays_as_it_is():
 
 
 def body_of(function, *inputs):
-    return program.functional(function, inputs).graph
+    return aot_cache.functional(function, inputs).graph
 
 
 def test_indices_need_no_check_if_they_cannot_be_out_of_range():

@@ -9,7 +9,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import vi_toolkit as vi
-from vi_toolkit.compiled import library, program
+from vi_toolkit.compiled import aot_cache, build
 
 
 def model(y):
@@ -35,7 +35,7 @@ def built(monkeypatch, tmp_path):
         start(self, args, *rest, **options)
 
     monkeypatch.setattr(subprocess.Popen, "__init__", watched)
-    monkeypatch.setattr(program, "FORMAT", str(tmp_path))
+    monkeypatch.setattr(aot_cache, "FORMAT", str(tmp_path))
     return commands
 
 
@@ -58,8 +58,8 @@ def test_the_compiler_is_given_one_file_which_allocates_before_its_loop(built, m
         texts.append((source, allocate_once(source)))
         return texts[-1][1]
 
-    allocate_once = library.allocate_once
-    monkeypatch.setattr(library, "allocate_once", watched)
+    allocate_once = build.allocate_once
+    monkeypatch.setattr(build, "allocate_once", watched)
     assert_as_eager(fitted(True))
     assert len(sources(built)) == len(texts) <= 2  # the loop, and what leaves it
     assert cpu_vec_isa.valid_vec_isa_list is tested
@@ -79,9 +79,9 @@ def test_the_compiler_is_given_one_file_which_allocates_before_its_loop(built, m
     ],
 )
 def test_where_that_fails_inductor_makes_the_library(built, monkeypatch, text, replacement):
-    entry = library.entry()
+    entry = build.entry()
     assert text in entry
-    monkeypatch.setattr(library, "entry", lambda: entry.replace(text, replacement))
+    monkeypatch.setattr(build, "entry", lambda: entry.replace(text, replacement))
     assert_as_eager(fitted(True))
     assert any(name.endswith(".kernel.cpp") for name in sources(built))
 
@@ -99,7 +99,7 @@ def test_where_that_fails_inductor_makes_the_library(built, monkeypatch, text, r
 def test_a_folder_that_has_lost_a_file_has_no_library(tmp_path, there, found):
     for name in there:
         (tmp_path / name).touch()
-    assert library.find(tmp_path) == (found and tmp_path / found)
+    assert build.find(tmp_path) == (found and tmp_path / found)
 
 
 def test_a_library_that_has_lost_a_file_is_made_again(monkeypatch, tmp_path):
@@ -113,7 +113,7 @@ def test_a_library_that_has_lost_a_file_is_made_again(monkeypatch, tmp_path):
         pyro.sample("y", dist.Poisson(pyro.sample("rate", dist.Gamma(1.0, 1.0))), obs=y)
 
     def once():
-        monkeypatch.setattr(program, "_loaded", type(program._loaded)())
+        monkeypatch.setattr(aot_cache, "_loaded", type(aot_cache._loaded)())
         options = {"optimizer": 0.02, "steps": 30, "compile": True, "progress": False}
         return vi.fit(counts, guide, {"y": torch.tensor(3.0)}, **options).elbo
 
@@ -128,13 +128,13 @@ def test_a_library_that_has_lost_a_file_is_made_again(monkeypatch, tmp_path):
 
 def test_cpp_of_another_form_is_left_to_inductor():
     with pytest.raises(ValueError, match="another form"):
-        library.without_its_container('\n} // extern "C"\nint main() {}', 1)
+        build.without_its_container('\n} // extern "C"\nint main() {}', 1)
 
 
 def test_what_inductor_believes_of_the_processor_is_as_before_after_an_error():
     from torch._inductor import cpu_vec_isa
 
     tested = cpu_vec_isa.valid_vec_isa_list
-    with pytest.raises(KeyError), library.trusting_the_processor():
+    with pytest.raises(KeyError), build.trusting_the_processor():
         raise KeyError
     assert cpu_vec_isa.valid_vec_isa_list is tested

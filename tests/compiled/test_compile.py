@@ -33,7 +33,7 @@ from pyro.infer.autoguide import (
 )
 
 import vi_toolkit as vi
-from vi_toolkit.compiled import accelerator, passes, program, steps
+from vi_toolkit.compiled import accelerator, aot_cache, rewrites, steps
 from vi_toolkit.compiled.purity import PythonSnapshot, effects
 
 STEPS = 40
@@ -753,8 +753,8 @@ def test_ctrl_c_while_compiling(monkeypatch):
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(program, "build", interrupted)
-    monkeypatch.setattr(program, "_key", lambda *args: "a program that is not there")
+    monkeypatch.setattr(aot_cache, "build", interrupted)
+    monkeypatch.setattr(aot_cache, "_key", lambda *args: "a program that is not there")
     options = {"compile": True, "optimizer": 0.02, "progress": False}
     with pytest.warns(vi.ConvergenceWarning, match="interrupted"):
         fit = vi.fit(regression, AutoNormal, DATA, steps=50, **options)
@@ -788,7 +788,7 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
     torch.optim.Adam([torch.zeros(1)])  # the first one imports what wants a folder itself
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(program, "_loaded", type(program._loaded)())
+    monkeypatch.setattr(aot_cache, "_loaded", type(aot_cache._loaded)())
     with pytest.raises(vi.CompileError, match="TORCHINDUCTOR_CACHE_DIR"):
         vi.fit(regression, AutoNormal, DATA, steps=5, compile=True, progress=False)
 
@@ -797,11 +797,11 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
 def test_machine_code_in_the_folder_of_another_user_is_not_loaded(monkeypatch, tmp_path):
     (tmp_path / "vi_toolkit").mkdir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(program, "_loaded", type(program._loaded)())
+    monkeypatch.setattr(aot_cache, "_loaded", type(aot_cache._loaded)())
     other = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: other)
     if (tmp_path / "vi_toolkit").stat().st_uid == 0:
-        monkeypatch.setattr(program, "_TRUSTED", ())
+        monkeypatch.setattr(aot_cache, "_TRUSTED", ())
     with pytest.raises(vi.CompileError, match="belongs to another user"):
         vi.fit(regression, AutoNormal, DATA, steps=5, compile=True, progress=False)
 
@@ -872,7 +872,7 @@ def test_many_fits_share_one_program_and_leave_nothing_behind():
         vi.fit(regression, AutoNormal, DATA, steps=12, compile=True, progress=False)
         gc.collect()
         loops = sum(type(o) is steps.Loop for o in gc.get_objects())
-        return len(program._loaded), loops, len(gc.get_objects())
+        return len(aot_cache._loaded), loops, len(gc.get_objects())
 
     fit()
     programs, _, objects = fit()
@@ -885,7 +885,7 @@ def test_many_fits_share_one_program_and_leave_nothing_behind():
 def test_a_program_is_never_used_for_another_structure(monkeypatch):
     """Same model function, other constants or shapes: other keys."""
     keys = []
-    original = program._key
+    original = aot_cache._key
     monkeypatch.setattr(
         steps,
         "compile_loop",
@@ -909,10 +909,10 @@ def test_a_factorisation_that_fails_makes_the_loss_nan():
         return torch.linalg.cholesky(matrix).diagonal().log().sum(), matrix.trace()
 
     good, bad = 4 * torch.eye(3), torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    graph = program.functional(loss, [good])
+    graph = aot_cache.functional(loss, [good])
     with pytest.raises(torch.linalg.LinAlgError):
         graph(bad)
-    passes.failures_become_nan(graph)
+    rewrites.failures_become_nan(graph)
     torch.testing.assert_close(graph(good), loss(good))
     value, trace = graph(bad)
     assert value.isnan() and trace == 3
@@ -1072,9 +1072,9 @@ def test_large_parameters_keep_their_shape(groups):
 
 def loop_of(function, variable, constants):
     """(once, each) of a function of variable inputs and then constants, and what each gives."""
-    graph = program.functional(function, [*variable, *constants])
+    graph = aot_cache.functional(function, [*variable, *constants])
     expected = graph(*variable, *constants)
-    once, each, _ = passes.hoist(graph, len(variable), [False] * len(constants))
+    once, each, _ = rewrites.hoist(graph, len(variable), [False] * len(constants))
     given = once(*constants)
     for found, right in zip(each(*variable, *given), expected, strict=True):
         torch.testing.assert_close(found, right, equal_nan=True)

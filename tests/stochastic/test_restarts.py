@@ -17,7 +17,7 @@ from tests.compiled.test_compile import DATA, interpret, regression
 from tests.models import regression as conjugate
 from tests.models import regression_data, regression_posterior
 from tests.tolerances import Z
-from vi_toolkit.compiled import steps, together
+from vi_toolkit.compiled import batched, steps
 from vi_toolkit.compiled.aot_cache import functional
 from vi_toolkit.compiled.batched import BatchedFits
 from vi_toolkit.compiled.loop_state import LoopState, SharedRows, StackedState
@@ -322,7 +322,7 @@ def test_a_model_that_changes_meanwhile(seen, says, monkeypatch):
         with pyro.plate("data", len(X)):
             pyro.sample("y", dist.Normal(X @ w, scale()), obs=y)
 
-    original = together.BatchedFits._block
+    original = batched.BatchedFits._block
 
     def changing(self, going, most):
         done = original(self, going, most)
@@ -330,7 +330,7 @@ def test_a_model_that_changes_meanwhile(seen, says, monkeypatch):
         hidden.set(torch.tensor(3.0))
         return done
 
-    monkeypatch.setattr(together.BatchedFits, "_block", changing)
+    monkeypatch.setattr(batched.BatchedFits, "_block", changing)
     with pytest.warns(vi.CompileWarning, match=says) as given:
         found = fit(model, AutoNormal, steps=50, restarts=2, compile=True)
     assert len(found.restarts) == 2
@@ -425,7 +425,7 @@ def test_one_fit_that_is_not_finite():
 @pytest.mark.usefixtures("interpreted")
 def test_an_interrupt_returns_the_best_so_far(monkeypatch):
     calls = 0
-    original = together.BatchedFits._block
+    original = batched.BatchedFits._block
 
     def interrupted(self, going, most):
         nonlocal calls
@@ -434,7 +434,7 @@ def test_an_interrupt_returns_the_best_so_far(monkeypatch):
             raise KeyboardInterrupt
         return original(self, going, most)
 
-    monkeypatch.setattr(together.BatchedFits, "_block", interrupted)
+    monkeypatch.setattr(batched.BatchedFits, "_block", interrupted)
     results = []
     guide = from_anywhere(AutoNormal)
     fits = starts_of(
@@ -453,7 +453,7 @@ def test_an_interrupt_before_the_first_step(monkeypatch):
     def interrupted(self, running):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(together.BatchedFits, "_first_step", interrupted)
+    monkeypatch.setattr(batched.BatchedFits, "_first_step", interrupted)
     found = fit(regression, from_anywhere(AutoNormal), steps=2000, restarts=3, compile=True)
     assert found.interrupted and len(found.elbo) == 0 and len(found.restarts) == 3
 
