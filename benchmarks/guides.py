@@ -44,7 +44,7 @@ from recipes.linear_regression.exact import posterior as exact_posterior
 from vi_toolkit.deterministic import starts
 from vi_toolkit.deterministic.families import FullRank
 from vi_toolkit.deterministic.objective import FamilyProblem
-from vi_toolkit.deterministic.run import Progress, run
+from vi_toolkit.deterministic.rounds import Progress, solve_rounds
 from vi_toolkit.deterministic.starts import ranked
 from vi_toolkit.diagnostics.pareto import smoothed
 from vi_toolkit.programs.joint import Joint
@@ -291,7 +291,7 @@ def compared_starts(name: str, model: Any, data: dict) -> str:
     z = torch.randn(25, joint.dim, generator=generator)
     best = ranked(problems, z)[0]
     seconds = time.process_time() - began
-    end = run(
+    end = solve_rounds(
         Progress(best),
         0,
         joint.observations,

@@ -27,7 +27,6 @@ from vi_toolkit.diagnostics import (
     suggest_guide,
     vsbc,
     warm_chains,
-    when_converged,
 )
 from vi_toolkit.diagnostics.gradient_report import GradientReport, gradient_report
 from vi_toolkit.errors import (
@@ -51,9 +50,9 @@ from vi_toolkit.estimators import (
     RunningMean,
     Score,
 )
-from vi_toolkit.fitting import Fit, fit
+from vi_toolkit.fitting import fit
 from vi_toolkit.reference.reference import Reference
-from vi_toolkit.storage import load
+from vi_toolkit.result import Fit, load
 
 __all__ = [
     "VSBC",
@@ -68,7 +67,6 @@ __all__ = [
     "Evidence",
     "Fit",
     "GradientReport",
-    "GuideSuggestion",
     "InvalidReferenceError",
     "LeaveOneOut",
     "LoadError",
@@ -104,5 +102,4 @@ __all__ = [
     "suggest_guide",
     "vsbc",
     "warm_chains",
-    "when_converged",
 ]

@@ -14,7 +14,7 @@ from vi_toolkit.reference.reference import LEVELS, Reference
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vi_toolkit.fitting import Fit
+    from vi_toolkit.result import Fit
 
 STANDARD_ERRORS = 4.0
 """A limit is never set closer than this many Monte Carlo standard errors."""
@@ -150,9 +150,9 @@ def compare(
     mean_limit = np.maximum(mean_tolerance, STANDARD_ERRORS * error_se)
     mean_ok = np.abs(error) <= mean_limit
 
-    expected = _expected_sd_ratio(fit.family, reference)
+    expected = _expected_sd_ratio(fit.guide_family, reference)
     ratio = sd / s
-    mean_field = fit.family == "mean-field" and reference.covariance is not None
+    mean_field = fit.guide_family == "mean-field" and reference.covariance is not None
     # What a mean-field sd is held against is the reference's conditional sd.
     noise = reference.conditional_sd_se / (expected * s) if mean_field else reference.sd_se / s
     kurtosis = np.zeros_like(sd)
@@ -204,7 +204,7 @@ def compare(
         )
     # Sds
     bug = False
-    if fit.family == "point":
+    if fit.guide_family == "point":
         reasons.append("A point estimate has no sds, intervals or correlations.")
     elif sd_ok.all() and as_it_is.all():
         i = int(np.argmax(np.abs(np.log(ratio))))
@@ -235,7 +235,7 @@ def compare(
     correlations_ok = True
     if reference.covariance is not None and len(names) > 1:
         correlations_ok, sentence = _correlations(
-            z, varies, reference, fit.family, correlation_tolerance, num_draws
+            z, varies, reference, fit.guide_family, correlation_tolerance, num_draws
         )
         if sentence:
             reasons.append(sentence)
@@ -259,7 +259,7 @@ def compare(
             "exactly"
             + (", and the expected mean-field sd ratios are approximate." if mean_field else ".")
         )
-    if fit.family == "mean-field" and reference.covariance is None:
+    if fit.guide_family == "mean-field" and reference.covariance is None:
         reasons.append(
             "The reference has no covariance, so the sds of this mean-field fit are held against "
             "the reference's own."
@@ -267,7 +267,7 @@ def compare(
 
     if refused or not mean_ok.all() or bug:
         verdict = DO_NOT_TRUST
-    elif sd_ok.all() and as_it_is.all() and correlations_ok and fit.family != "point":
+    elif sd_ok.all() and as_it_is.all() and correlations_ok and fit.guide_family != "point":
         verdict = TRUST
     else:
         verdict = MEANS_ONLY
@@ -277,7 +277,7 @@ def compare(
         reasons=reasons,
         ok=bool(not refused and table["ok"].all() and correlations_ok),
         reference=reference,
-        family=fit.family,
+        family=fit.guide_family,
         quantiles={k: np.quantile(z, p, axis=0) for k, p in LEVELS.items()},
         mean_tolerance=mean_tolerance,
         sd_tolerance=sd_tolerance,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vi_toolkit.fitting import Fit
     from vi_toolkit.reference.reference import Reference
+    from vi_toolkit.result import Fit
 
 
 class VIError(Exception):

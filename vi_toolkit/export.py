@@ -15,7 +15,7 @@ from vi_toolkit.programs.prototype import prototype
 from vi_toolkit.programs.sites import observed_sites
 
 if TYPE_CHECKING:
-    from vi_toolkit.fitting import Fit
+    from vi_toolkit.result import Fit
 
 NOTE = (
     "Independent draws from a variational approximation, not a Markov chain: R-hat and effective "
@@ -51,7 +51,7 @@ def to_arviz(
         ...     with pyro.plate("observations", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> fit = vi.fit(model, AutoNormal, {"y": torch.ones(3)}, progress=False)
-        >>> fit.to_arviz(draws=100)["posterior"]["mu"].shape
+        >>> fit.to_arviz(num_draws=100)["posterior"]["mu"].shape
         (1, 100)
     """
     posterior = fit.sample(num_draws, seed=seed)
@@ -64,7 +64,9 @@ def to_arviz(
         }
     # Without observed sites there is nothing to predict or to score: only the posterior.
     predicted = fit.predict(draws=posterior, seed=seed) if observed else {}
-    whole = observed and not fit.summed_out()  # else there is no density of a datum by itself
+    whole = (
+        observed and not fit.workspace.summed_out
+    )  # else there is no density of a datum by itself
     log_likelihood = fit.log_likelihood(draws=posterior) if whole else {}
     groups = {
         # predict returns deterministic sites too; they are functions of the posterior draws.
@@ -112,7 +114,7 @@ def _attributes(fit: Fit, seed: int) -> dict[str, Any]:
         "inference_library": "vi_toolkit",
         "inference_library_version": _own_version(),
         "method": fit.method,
-        "guide_family": fit.family or "unknown",
+        "guide_family": fit.guide_family or "unknown",
         "elbo": float(fit.elbo[-1]) if len(fit.elbo) else float("nan"),
         "converged": int(fit.converged),
         "monte_carlo_error": float(fit.monte_carlo_error),

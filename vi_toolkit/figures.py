@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         PredictiveCheck,
         WarmChains,
     )
-    from vi_toolkit.fitting import Fit
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -258,98 +257,6 @@ def plot_suggestion(found: GuideSuggestion) -> Figure:
         right.tick_params(axis="y", length=0)
         right.set_xlabel("k-hat")
     return figure
-
-
-def plot_fit(fit: Fit, num_draws: int = 4000, scalars: int = 12, seed: int = 0) -> Figure:
-    """The ELBO's history beside the marginal posteriors of the first scalars on their own scale.
-
-    Args:
-        fit: the fit.
-        num_draws: draws behind the histograms.
-        scalars: at most so many histograms.
-        seed: of the draws.
-    """
-    columns = _scalars(fit.sample(num_draws, seed=seed))
-    names = list(columns)[:scalars]
-    across = 4 if len(names) > 6 else 3 if len(names) > 4 else 2 if len(names) > 1 else 1
-    down = -(-len(names) // across)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4 + 1.65 * across, max(3.2, 1.45 * down)), layout="constrained")
-        halves = figure.add_gridspec(1, 2, width_ratios=(4.4, 1.65 * across))
-        left, right = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
-        _draw_elbo(left.subplots(), fit)
-        grid = right.subplots(down, across, squeeze=False).ravel()
-        for axes, name in zip(grid, names, strict=False):
-            _draw_marginal(axes, name, columns[name])
-        for axes in grid[len(names) :]:
-            axes.set_axis_off()
-        more = f", first {len(names)} of {len(columns)}" if len(columns) > len(names) else ""
-        right.suptitle(f"Posterior marginals{more}", x=0.02, ha="left", fontsize=9.5)
-    return figure
-
-
-def _scalars(draws: Mapping[str, object]) -> dict[str, np.ndarray]:
-    """Site -> (draws, *shape) as scalar name -> (draws,)."""
-    out = {}
-    for site, value in draws.items():
-        array = value.detach().cpu().numpy()  # type: ignore[attr-defined]
-        for index in np.ndindex(array.shape[1:]):
-            label = f"{site}[{','.join(map(str, index))}]" if index else site
-            out[label] = array[(slice(None), *index)]
-    return out
-
-
-def _draw_elbo(axes: Axes, fit: Fit) -> None:
-    elbo = np.asarray(fit.elbo, dtype=float)
-    steps = np.arange(1, len(elbo) + 1)
-    noisy = len(elbo) >= 200
-    axes.plot(steps, elbo, color=COLOURS[0], lw=0.6 if noisy else 1.4, alpha=0.35 if noisy else 1)
-    if noisy:
-        window = max(len(elbo) // 50, 2)
-        mean = np.convolve(elbo, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], mean, color=COLOURS[0], lw=1.4)
-    finite = elbo[np.isfinite(elbo)]
-    if len(finite) > 2:
-        # A start a million nats down would crush the rest, so it is cut off.
-        settled = finite[len(finite) // 3 :]
-        low, high = settled.min(), finite.max()
-        # Differences far below a nat are nothing to look at.
-        low = min(low, high - 1)
-        if high - finite.min() < 3 * (high - low):
-            low = min(low, finite.min())
-        margin = 0.06 * (high - low)
-        axes.set_ylim(low - margin, high + margin)
-        hidden = int((finite < low - margin).sum())
-        if hidden:
-            axes.annotate(
-                f"{hidden} early step{'s' * (hidden > 1)} below, down to {finite.min():.4g}",
-                (0.99, 0.02),
-                xycoords="axes fraction",
-                ha="right",
-                fontsize=7.5,
-                color="#777777",
-            )
-    axes.ticklabel_format(useOffset=False, style="plain")
-    axes.set_xlabel("step")
-    axes.set_ylabel("ELBO (nats)")
-    state = "converged" if fit.converged else "not converged"
-    axes.set_title(f"{fit.method.capitalize()}, {len(elbo):,} steps, {state}")
-    axes.grid(axis="y", color=PALE, lw=0.7)
-    axes.set_axisbelow(True)
-
-
-def _draw_marginal(axes: Axes, name: str, values: np.ndarray) -> None:
-    values = values[np.isfinite(values)]
-    if len(values) and values.min() < values.max():
-        # The outermost thousandths would stretch the axis of a heavy-tailed posterior.
-        low, high = np.quantile(values, (0.001, 0.999))
-        axes.hist(values, bins=40, range=(low, high), density=True, color=COLOURS[0], alpha=0.75)
-    elif len(values):
-        axes.axvline(values[0], color=COLOURS[0])
-    axes.set_title(name, fontsize=8.5)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.locator_params(axis="x", nbins=3)
 
 
 def plot_comparisons(

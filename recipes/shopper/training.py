@@ -87,7 +87,7 @@ def plug_in(fit: vi.Fit) -> dict[str, torch.Tensor]:
     (Means, not medians: the mean of a LogNormal is larger, and a price term multiplies two.)
     """
     out = {}
-    with fit._isolated(), torch.no_grad():
+    with fit.workspace.isolated(), torch.no_grad():
         for name, value in fit.guide.median().items():
             if name in POSITIVE and hasattr(fit.guide, "scales"):
                 value = value * (getattr(fit.guide.scales, name).square() / 2).exp()

@@ -14,7 +14,8 @@ from tests.estimators.checks import FALSE_ALARM, mean_test, total_variance
 from tests.estimators.models import flat, gradients
 from tests.tolerances import Z
 from vi_toolkit.estimators import dependencies
-from vi_toolkit.estimators.particles import Given, is_drawn, run
+from vi_toolkit.estimators.particles import Given, run
+from vi_toolkit.programs.sites import is_drawn
 
 
 def bernoulli(name, shape=(), spread=0.8):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pyro.infer.autoguide import (
+    AutoDelta,
     AutoDiagonalNormal,
     AutoGuide,
     AutoLowRankMultivariateNormal,
@@ -314,6 +315,22 @@ FAMILY_OF: dict[Any, type[FullRank] | type[Diagonal] | type[LowRank]] = {
     AutoNormal: Diagonal,
     AutoLowRankMultivariateNormal: LowRank,
 }
+
+FAMILIES = {family.name: family for family in (FullRank, Diagonal, LowRank)}
+
+
+def guide_family(guide: object) -> str | None:
+    """ "mean-field", "full-rank", "low-rank", "point", or what the guide declares; None if unknown.
+
+    A guide of the user's own declares it as an attribute: ``guide.guide_family = "full-rank"``.
+    """
+    declared = getattr(guide, "guide_family", None)
+    if isinstance(declared, str):
+        return declared
+    if type(guide) is AutoDelta:
+        return "point"
+    family = FAMILY_OF.get(type(guide))
+    return family.name if family else None
 
 
 def set_parameter(module: Any, name: str, value: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from vi_toolkit.deterministic.families import Diagonal, FullRank, half_log_two_pi_e
 from vi_toolkit.deterministic.objective import FamilyProblem
-from vi_toolkit.deterministic.run import Progress, run
+from vi_toolkit.deterministic.rounds import Progress, solve_rounds
 from vi_toolkit.programs.joint import Joint
 from vi_toolkit.programs.noise import fixed_normals
 from vi_toolkit.programs.vectorise import BAD_POINT, vmap
@@ -102,7 +102,7 @@ def fit_replications(
             continue
         now = state.sd()[left]
         shift = torch.maximum((state.mean[left] - mean).abs() / now, (now / sd).log().abs())
-        # As in deterministic.run: sd of the difference = sqrt(3) x that of the second.
+        # As in solve_rounds: sd of the difference = sqrt(3) x that of the second.
         close = shift.amax(1) / math.sqrt(3) < ERROR_TOLERANCE
         arrived[left] = close & state.converged[left]
         left = left[~arrived[left]]
@@ -141,7 +141,7 @@ def _solved_alone(
         if full_rank
         else Diagonal(state.mean[r], state.sd()[r], whitening)
     )
-    progress = run(
+    progress = solve_rounds(
         Progress(FamilyProblem(own, family)),
         seed,
         own.observations,

@@ -1,115 +1,255 @@
-"""Deterministic VI: fix the base noise, then optimise as one optimises any smooth function.
-
-With base noise z_1..z_M fixed, the ELBO of a reparameterised guide,
-
-    L_M(lambda) = 1/M sum_m [log p(x, t_lambda(z_m)) - log q_lambda(t_lambda(z_m))],
-
-is an ordinary function of the variational parameters lambda. It has a gradient without noise, so
-quasi-Newton methods apply: no learning rate, no schedule, and an optimum one can check. What
-fixing the draws costs is a Monte Carlo error of the optimum, which is measured here by solving
-again with fresh draws, twice as many, until the solution stays where it was.
-
-The idea is Giordano, Ingram and Broderick, "Black Box Variational Inference with a Deterministic
-Objective", JMLR 2024. Added here: quasi-random moment-matched draws (exact for Gaussian
-posteriors), whitening by the curvature, full-rank and low-rank families and any reparameterised
-Pyro guide, and starts from many places ranked by their ELBO.
-"""
+"""A deterministic fit: its state, how it goes on, and how it is stored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
+from tqdm.auto import tqdm
 
+from vi_toolkit import machine_code
+from vi_toolkit.deterministic.families import (
+    FAMILIES,
+    FAMILY_OF,
+    guide_family,
+    set_parameter,
+    write_to_guide,
+)
+from vi_toolkit.deterministic.modes import find_modes
 from vi_toolkit.deterministic.objective import (
     FamilyProblem,
     GuideProblem,
     Problem,
-    first_draws,
-    normals,
+    noise_needed,
 )
-from vi_toolkit.deterministic.solver import GRADIENT_TOLERANCE, solve
+from vi_toolkit.deterministic.rounds import Progress, solve_rounds
+from vi_toolkit.deterministic.solver import GRADIENT_TOLERANCE
+from vi_toolkit.deterministic.starts import family_starter, first_problem, warm_started
+from vi_toolkit.errors import NonFiniteError
+from vi_toolkit.look import Callback, Look
+from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.programs.leaves import unflat
+from vi_toolkit.programs.nonfinite import first_non_finite
+from vi_toolkit.programs.prototype import prototype
+from vi_toolkit.programs.workspace import Workspace
 
-ERROR_TOLERANCE = 0.02  # posterior sds: Monte Carlo error of the solution at which doubling stops
-MOST_DRAWS = 2**14
-MOST_WORK = 4e8  # draws times observations per evaluation: where doubling stops for want of time
+STARTS = 16  # points from which modes are looked for
+COMPILED_WORK = 4e6  # draws times observations from which compiling the density pays
 
 
-@dataclass
-class Progress:
-    """Where a deterministic fit stands; one round is one solution at one number of draws."""
+class DeterministicRun:
+    """Where a deterministic fit stands.
 
-    problem: Problem
-    rounds: int = 0
-    num_draws: int = 0
-    error: float = math.inf
-    gradient: float = math.inf
-    elbo: list[float] = field(default_factory=list)
+    Args:
+        workspace: set up, in the precision to work in.
+        seed: of the fixed draws and the starts.
+        compile: whether to compile the log density: True, False or "auto".
+    """
+
+    method = "deterministic"
+
+    def __init__(self, workspace: Workspace, seed: int, compile: str | bool = "auto"):
+        self.workspace, self.seed, self.compile = workspace, seed, compile
+        self.progress: Progress | None = None
+
+    def start(self, description: str, show: bool, callback: Callback | None) -> bool:
+        """Look for modes, then solve until converged; returns whether Ctrl-C ended it."""
+        return self._solve(None, description, show, callback)
+
+    def extend(self, steps: int | None, show: bool, callback: Callback | None = None) -> bool:
+        """Solve again with twice as many fresh draws, until converged."""
+        if steps is not None:
+            raise ValueError(
+                "this fit is deterministic: call extend() without steps to solve again with "
+                "twice the draws, or fit with steps= for stochastic steps"
+            )
+        rounds = self.progress.rounds + 1 if self.progress and self.converged else None
+        return self._solve(rounds, "fit", show, callback)
+
+    def _solve(
+        self, rounds: int | None, description: str, show: bool, callback: Callback | None
+    ) -> bool:
+        workspace, interrupted = self.workspace, False
+        bar = tqdm(disable=not show, desc=description, bar_format="{desc} [{elapsed}]")
+
+        def report(message: str) -> None:
+            if show:
+                bar.set_description_str(f"{description}: {message}")
+
+        def checkpoint(progress: Progress) -> bool:
+            self.write_solution()
+            look = Look(self.method, progress.rounds, progress.elbo[-1:], progress.error)
+            return bool(callback and callback(look))
+
+        try:
+            joint = workspace.joint
+            with workspace.isolated(seeded_state(self.seed)):
+                self._compile_density(report)
+                if self.progress is None:
+                    self.progress = Progress(self._first_problem(report))
+                    self.write_solution()
+                solve_rounds(
+                    self.progress,
+                    self.seed,
+                    joint.observations,
+                    workspace.dtype,
+                    rounds,
+                    report,
+                    checkpoint,
+                )
+                workspace.snapshot_params()
+        except KeyboardInterrupt:
+            if self.progress is None:
+                raise  # still looking for modes: there is nothing to return
+            interrupted = True
+        finally:
+            bar.close()
+        if self.progress.rounds == 0 and not interrupted:
+            raise self._non_finite()
+        return interrupted
+
+    def _compile_density(self, report: Callable[[str], None]) -> None:
+        joint = self.workspace.joint
+        work = joint.observations * max(128, 8 * joint.dim)
+        pays = work >= COMPILED_WORK and guide_family(self.workspace.guide) is not None
+        if self.compile is True or (self.compile == "auto" and pays):
+            report("compiling the log density")
+            machine_code.compile_joint(joint, insist=self.compile is True)
+
+    def _first_problem(self, report: Callable[[str], None]) -> Problem:
+        workspace, guide = self.workspace, self.workspace.guide
+        joint, kind = workspace.joint, type(guide)
+        if kind in FAMILY_OF:
+            family, isotropic = family_starter(kind, getattr(guide, "rank", None))
+            problem = first_problem(joint, family, isotropic, STARTS, self.seed, report)
+            if problem is None:
+                raise self._non_finite()
+            return problem
+        report("looking for modes")
+        modes = find_modes(joint, STARTS, self.seed, report=report)
+        noise = noise_needed(guide, workspace.data)
+        if modes and kind is AutoLaplaceApproximation:
+            set_parameter(guide, "loc", modes[0].location)
+        if modes and kind is AutoDelta:
+            for name, value in joint.unflatten(modes[0].location).items():
+                set_parameter(guide, name, value)
+        general = GuideProblem(workspace.model, guide, workspace.data, joint, noise)
+        return warm_started(general, modes, self.seed) if noise else general
+
+    def write_solution(self) -> None:
+        """Put the solution into the guide's parameters; inside the workspace's isolation."""
+        problem = self.progress.problem if self.progress else None
+        if isinstance(problem, FamilyProblem):
+            write_to_guide(self.workspace.guide, self.workspace.joint, problem.q)
+        elif isinstance(problem, GuideProblem):
+            unflat(problem.origin, problem.leaves)
+        self.workspace.snapshot_params()
+
+    def _non_finite(self) -> NonFiniteError:
+        workspace = self.workspace
+        with workspace.isolated(seeded_state(self.seed)):
+            found = first_non_finite(prototype(workspace.model, workspace.data), "model")
+        where = found[2] if found else "its log joint density is not finite"
+        return NonFiniteError(
+            f"No start has a finite ELBO: at the prior medians, {where}. Check the data against "
+            "the likelihood's support, and the priors' scales.",
+            site=found[0] if found else None,
+            index=found[1] if found else None,
+            step=0,
+        )
+
+    # ---------------------------------------------------------------- what it found
+
+    @property
+    def elbo(self) -> np.ndarray:
+        """ELBO over the fixed draws after each quasi-Newton iteration, in nats."""
+        return np.asarray(self.progress.elbo if self.progress else [])
+
+    @property
+    def last_elbo(self) -> str:
+        """The newest ELBO in words, for a summary."""
+        return f"{self.elbo[-1]:.2f}" if len(self.elbo) else "none yet"
 
     @property
     def converged(self) -> bool:
-        return self.error <= ERROR_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
+        """Whether gradient and Monte Carlo error are below their tolerances."""
+        return self.progress is not None and self.progress.converged
 
+    @property
+    def error(self) -> float:
+        """Largest Monte Carlo error of the solution, in posterior sds."""
+        return self.progress.error if self.progress else math.inf
 
-def run(
-    progress: Progress,
-    seed: int,
-    observations: int,
-    dtype: torch.dtype,
-    rounds: int | None,
-    report: Callable[[str], None],
-    checkpoint: Callable[[Progress], None],
-) -> Progress:
-    """Solve with ever more fresh draws until two solutions in a row agree.
-
-    Every round is a function of the one before it, the seed and its number only, so that going on
-    later gives what not stopping would have given.
-
-    Args:
-        progress: where to go on from; changed after each completed round.
-        seed: of the draws.
-        observations: observed scalars, which with the draws bound the work.
-        dtype: floating dtype to work in.
-        rounds: stop after that many rounds in all, converged or not; None for no bound but work.
-        report: called with lines of progress.
-        checkpoint: called after each completed round.
-    """
-    problem = progress.problem
-    while True:
-        if progress.rounds == 0:
-            num_draws = first_draws(problem)
-            if isinstance(problem, GuideProblem):
-                problem = problem.rewhitened(normals(problem, 64, seed, 10_001, dtype))
-        else:
-            num_draws = 2 * progress.num_draws
-        z = normals(problem, num_draws, seed, progress.rounds, dtype)
-        before = problem.moments() if progress.rounds else None
-
-        def each(elbo: float, num_draws: int = num_draws) -> None:
-            report(f"{num_draws} draws, ELBO {elbo:.3f}")
-
-        history: list[float] = []
-        problem, value, gradient = solve(problem, z, history, each)
-        if not math.isfinite(value):
-            return progress
-        problem = problem.rewhitened(z) if isinstance(problem, FamilyProblem) else problem
-        if before is not None:
-            mean, sd = problem.moments()
-            # Solutions from M/2 and M independent draws: sd of the difference = sqrt(3) x that
-            # of the second, if errors fall as 1/sqrt(num_draws) or faster.
-            shift = torch.maximum(
-                (mean - before[0]).abs() / sd.clamp_min(1e-300), (sd / before[1]).log().abs()
+    @property
+    def convergence(self) -> str:
+        """How close this is to the optimum, in one sentence."""
+        p = self.progress
+        if p is None or p.rounds == 0:
+            return "Nothing was optimised yet."
+        if self.converged:
+            return (
+                f"converged with {p.num_draws} draws: Monte Carlo error {p.error:.4f} sd, largest "
+                f"gradient {p.gradient:.0e} per sd"
             )
-            progress.error = float(shift.max()) / math.sqrt(3)
-        if problem.noise_dim == 0:
-            progress.error = 0.0
-        progress.problem, progress.num_draws, progress.gradient = problem, num_draws, gradient
-        progress.rounds += 1
-        progress.elbo.extend(history or [value])
-        checkpoint(progress)
-        if progress.converged or (rounds is not None and progress.rounds >= rounds):
-            return progress
-        if 2 * num_draws > MOST_DRAWS or 2.0 * num_draws * max(observations, 1) > MOST_WORK:
-            return progress
+        known = f"{p.error:.3f}" if math.isfinite(p.error) else "not known"
+        reason = (
+            f"the largest gradient is {p.gradient:.1e} per sd"
+            if p.gradient > GRADIENT_TOLERANCE
+            else f"the Monte Carlo error is {known}, wanted 0.02 posterior sds"
+        )
+        return f"Not converged with {p.num_draws} draws: {reason}. See fit.extend()."
+
+    # ---------------------------------------------------------------- stored
+
+    def state(self) -> dict[str, Any] | None:
+        """Everything that :meth:`extend` needs, as nested dicts of tensors, numbers and text."""
+        progress = self.progress
+        if progress is None:
+            return None
+        state: dict[str, Any] = {
+            "kind": self.method,
+            "rounds": progress.rounds,
+            "draws": progress.num_draws,
+            "error": progress.error,
+            "gradient": progress.gradient,
+            "elbo": torch.tensor(progress.elbo, dtype=torch.float64),
+        }
+        problem = progress.problem
+        if isinstance(problem, FamilyProblem):
+            state["family"] = problem.q.name
+            state["member"] = dict(vars(problem.q))
+        elif isinstance(problem, GuideProblem):
+            state["family"] = None
+            state["member"] = {"origin": problem.origin, "basis": problem.basis}
+            state["noise"] = problem.noise_dim
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to where :meth:`state` was taken."""
+        workspace, member = self.workspace, state["member"]
+        problem: Problem
+        if state["family"] is not None:
+            problem = FamilyProblem(workspace.joint, FAMILIES[state["family"]](**member))
+        else:
+            joint = workspace.joint
+            with workspace.isolated():
+                problem = GuideProblem(
+                    workspace.model,
+                    workspace.guide,
+                    workspace.data,
+                    joint,
+                    state["noise"],
+                    **member,
+                )
+        self.progress = Progress(
+            problem,
+            state["rounds"],
+            state["draws"],
+            state["error"],
+            state["gradient"],
+            state["elbo"].tolist(),
+        )

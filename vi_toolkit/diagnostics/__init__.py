@@ -2,7 +2,7 @@
 
 from vi_toolkit.diagnostics.bounds import ErrorBounds, error_bounds
 from vi_toolkit.diagnostics.chains import WarmChains, warm_chains
-from vi_toolkit.diagnostics.convergence import Convergence, convergence, when_converged
+from vi_toolkit.diagnostics.convergence import Convergence, convergence
 from vi_toolkit.diagnostics.evidence import Evidence, log_evidence
 from vi_toolkit.diagnostics.importance import ImportanceMoments, importance_moments
 from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
@@ -42,5 +42,4 @@ __all__ = [
     "suggest_guide",
     "vsbc",
     "warm_chains",
-    "when_converged",
 ]

@@ -153,7 +153,7 @@ def warm_chains(fit: Any, covariance: np.ndarray | None = None, seed: int = 0) -
     else:
         metric = torch.as_tensor(covariance, dtype=torch.float64)
         metric = metric if joint.dim <= DENSE else metric.diagonal()
-    with fit._isolated(seeded_state(fit._seed(seed, 6))), torch.no_grad():
+    with fit.workspace.isolated(seeded_state(fit.derived_seed(seed, 6))), torch.no_grad():
         run = _Run(joint, start, metric.to(start))
         if joint.many_with_gradient.vectorises is False and joint.compiled is None:
             return None

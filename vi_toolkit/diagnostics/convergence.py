@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import arviz as az
 import numpy as np
 import torch
 
-from vi_toolkit.stochastic.stages import ERROR_TOLERANCE, Stochastic
+from vi_toolkit.deterministic.run import DeterministicRun
 
 MOST_COLUMNS = 2_000  # ArviZ takes 0.2 ms for each
 
@@ -55,12 +54,13 @@ def convergence(fit: Any) -> Convergence:
         NeurIPS 2020.
     """
     r_hat = effective = gradient = gap = float("nan")
-    running: Stochastic | None = fit._stochastic
-    if running is not None and len(running.blocks) >= 8:
-        tail = torch.stack(running.blocks[len(running.blocks) // 4 :]).double().cpu().numpy()
+    run = fit.run
+    if isinstance(run, DeterministicRun):
+        gradient = run.progress.gradient if run.progress else gradient
+    elif len(run.stages.blocks) >= 8:
+        blocks = run.stages.blocks
+        tail = torch.stack(blocks[len(blocks) // 4 :]).double().cpu().numpy()
         r_hat, effective = split_r_hat(tail), effective_size(tail)
-    elif fit._progress is not None:
-        gradient = fit._progress.gradient
     if len(fit.restarts) > 1:
         best, second = sorted(fit.restarts, reverse=True)[:2]
         gap = best - second
@@ -105,26 +105,3 @@ def _moving(iterates: np.ndarray) -> np.ndarray:
 
 def _chains(x: np.ndarray) -> Any:
     return az.convert_to_dataset({"x": x})
-
-
-def when_converged(
-    error: float = ERROR_TOLERANCE, r_hat: float = 1.1
-) -> Callable[[Stochastic], bool]:
-    """A stopping rule for ``vi.fit(..., stop=...)``.
-
-    Args:
-        error: stop once the averaged iterate's Monte Carlo error is below this many posterior sds
-        r_hat: and the split R-hat of the last iterates is below this.
-
-    Example:
-        >>> import vi_toolkit as vi
-        >>> rule = vi.when_converged(error=0.05)
-    """
-
-    def rule(running: Stochastic) -> bool:
-        if running.error > error or len(running.blocks) < 8:
-            return False
-        tail = torch.stack(running.blocks[len(running.blocks) // 4 :]).double().cpu().numpy()
-        return split_r_hat(tail) < r_hat
-
-    return rule

@@ -17,17 +17,20 @@ import torch
 from pyro.infer import ELBO
 
 from vi_toolkit.estimators import LeaveOneOut, PathDerivative, Reparam, Score
-from vi_toolkit.estimators.particles import is_drawn, is_term, pointwise
+from vi_toolkit.estimators.particles import pointwise
 from vi_toolkit.estimators.reparam import reparameterised
-from vi_toolkit.fitting import Fit, _float_dtype, fit
+from vi_toolkit.fitting import fit
 from vi_toolkit.preflight import preflight
 from vi_toolkit.programs.isolation import (
-    isolated_pyro_state,
     random_state,
     seeded_state,
     set_random_state,
 )
+from vi_toolkit.programs.minibatch_plan import minibatch_plan
 from vi_toolkit.programs.minibatches import Minibatches
+from vi_toolkit.programs.sites import is_drawn, is_term
+from vi_toolkit.programs.workspace import Workspace
+from vi_toolkit.result import Fit
 
 WARM_UP = 30  # steps before measuring, in which baselines learn
 
@@ -176,25 +179,22 @@ def gradient_report(
         True
     """
     if num_draws < 10:
-        raise ValueError(f"draws must be at least 10, not {num_draws!r}")
+        raise ValueError(f"num_draws must be at least 10, not {num_draws!r}")
     if isinstance(at, Fit):
-        place, where = at, "fit"
+        workspace, where = at.workspace, "fit"
     elif at == "init":
-        dtype = _float_dtype(data)
-        with isolated_pyro_state(rng_state=seeded_state(seed), dtype=dtype):
-            preflight(model, guide, data, subsample=subsample)
-        place, where = Fit(model, guide, data, dtype, seed, progress=False), at
+        workspace, where = preflight(model, guide, data, subsample=subsample, seed=seed), at
     elif at == "optimum":
-        place, where = fit(model, guide, data, seed=seed, progress=False), at
+        workspace, where = fit(model, guide, data, seed=seed, progress=False).workspace, at
     else:
         raise ValueError(f'at must be "init", "optimum" or a Fit, not {at!r}')
-    named = _named(estimators, place)
-    return _measure(place, named, where, num_draws, subsample, seed)
+    named = _named(estimators, workspace)
+    return _measure(workspace, named, where, num_draws, subsample, seed)
 
 
-def _named(estimators: Any, place: Fit) -> dict[str, ELBO]:
+def _named(estimators: Any, workspace: Workspace) -> dict[str, ELBO]:
     if estimators is None:
-        sites = place._guide_trace.nodes.items()
+        sites = workspace.guide_trace.nodes.items()
         hard = [name for name, site in sites if not reparameterised(site)]
         chosen: dict[str, ELBO] = {}
         if not hard:
@@ -204,7 +204,7 @@ def _named(estimators: Any, place: Fit) -> dict[str, ELBO]:
             "Score, Rao-Blackwell": Score(8),
             "Score, leave one out": Score(8, LeaveOneOut()),
         }
-        drawn = [n for n, s in place._guide_trace.nodes.items() if is_drawn(s)]
+        drawn = [n for n, s in workspace.guide_trace.nodes.items() if is_drawn(s)]
         if hard and len(hard) < len(drawn):
             chosen["Score where needed, leave one out"] = Score(8, LeaveOneOut(), sites=hard)
         return chosen
@@ -217,7 +217,7 @@ def _named(estimators: Any, place: Fit) -> dict[str, ELBO]:
 
 
 def _measure(
-    place: Fit,
+    workspace: Workspace,
     named: Mapping[str, ELBO],
     where: str,
     num_draws: int,
@@ -227,11 +227,11 @@ def _measure(
     plan = None
     if subsample:
         ((plate, batch),) = subsample.items()
-        plan = place._plan(plate, batch)
+        plan = minibatch_plan(workspace, plate, batch)
     gradients: dict[str, list[dict[str, torch.Tensor]]] = {}
     seconds: dict[str, list[float]] = {}
     refused: dict[str, str] = {}
-    with place._isolated(seeded_state(seed)):
+    with workspace.isolated(seeded_state(seed)):
         live: dict[str, tuple[ELBO, Minibatches | None, torch.Tensor]] = {}
         for k, (name, estimator) in enumerate(named.items()):
             own: Any = estimator.fresh() if hasattr(estimator, "fresh") else estimator
@@ -244,7 +244,7 @@ def _measure(
                 estimator, batches, state = live[name]
                 set_random_state(state)
                 try:
-                    taken, found = _one(place, estimator, plan, batches)
+                    taken, found = _one(workspace, estimator, plan, batches)
                 except (ValueError, NotImplementedError) as error:
                     if step > -WARM_UP:
                         raise
@@ -257,7 +257,7 @@ def _measure(
                     seconds.setdefault(name, []).append(taken)
         if not live:
             raise ValueError("no estimator can be used: " + "; ".join(refused.values()))
-        owners = _owners(place)
+        owners = _owners(workspace)
     stacked = {
         name: {p: torch.stack([g[p] for g in rows]).double() for p in rows[0]}
         for name, rows in gradients.items()
@@ -273,7 +273,7 @@ def _measure(
             first = (variance, se, cost, cost_se)
         costs[name] = _relative(variance, se, cost, cost_se, first, name == next(iter(stacked)))
     table = pd.DataFrame(rows).T.rename_axis(["estimator", "site"])
-    shapes = {n: p.shape for n, p in place._values.items()}
+    shapes = {n: p.shape for n, p in workspace.values.items()}
     moments = [
         {
             name: {p: f(g).reshape(shapes[p]).cpu().numpy() for p, g in by.items()}
@@ -286,13 +286,13 @@ def _measure(
 
 
 def _one(
-    place: Fit, estimator: Any, plan: Any, batches: Minibatches | None
+    workspace: Workspace, estimator: Any, plan: Any, batches: Minibatches | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(seconds, parameter -> flat gradient) of one step."""
-    data: Mapping[str, Any] = place._data
+    data: Mapping[str, Any] = workspace.data
     handler: contextlib.AbstractContextManager = contextlib.nullcontext()
     if plan is not None and batches is not None:
-        data, handler = plan.apply(place._data, batches.next())
+        data, handler = plan.apply(workspace.data, batches.next())
     leaves = dict(pyro.get_param_store().named_parameters())
     theirs = {n: leaf.grad for n, leaf in leaves.items()}
     for leaf in leaves.values():
@@ -300,7 +300,7 @@ def _one(
     try:
         began = time.perf_counter()
         with handler:
-            estimator.loss_and_grads(place.model, place.guide, **data)
+            estimator.loss_and_grads(workspace.model, workspace.guide, **data)
         taken = time.perf_counter() - began
         found = {
             n: (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).detach().reshape(-1)
@@ -312,12 +312,12 @@ def _one(
     return taken, found
 
 
-def _owners(place: Fit) -> dict[str, list[str]]:
+def _owners(workspace: Workspace) -> dict[str, list[str]]:
     """Sites -> parameters that they draw from; sites that share parameters are named together."""
-    trace = poutine.trace(place.guide).get_trace(**place._data)
+    trace = poutine.trace(workspace.guide).get_trace(**workspace.data)
     # Values held: what is left of log q depends on a site's own parameters only.
-    held = poutine.trace(poutine.replay(place.guide, trace=_detached(trace)))
-    nodes = held.get_trace(**place._data).nodes
+    held = poutine.trace(poutine.replay(workspace.guide, trace=_detached(trace)))
+    nodes = held.get_trace(**workspace.data).nodes
     leaves = dict(pyro.get_param_store().named_parameters())
     users: dict[str, list[str]] = {n: [] for n in leaves}
     for name, site in nodes.items():

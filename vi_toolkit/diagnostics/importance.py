@@ -107,7 +107,7 @@ def weighted_draws(
     tril = torch.linalg.cholesky(target) * math.sqrt((nu - 2) / nu)
     df = torch.tensor(nu, dtype=torch.float64)
     proposal = dist.MultivariateStudentT(df, _guide_mean(fit), tril)
-    with fit._isolated(seeded_state(fit._seed(seed, 4))), torch.no_grad():
+    with fit.workspace.isolated(seeded_state(fit.derived_seed(seed, 4))), torch.no_grad():
         for _ in range(repetitions):
             u = proposal.sample((count,))
             log_p = joint.log_densities(u.to(joint.start.dtype)).double()

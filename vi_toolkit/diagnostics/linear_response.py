@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vi_toolkit.deterministic.objective import normals
+from vi_toolkit.deterministic.run import DeterministicRun
 from vi_toolkit.deterministic.solver import solve
 from vi_toolkit.errors import ConvergenceWarning, NotDeterministicError
 from vi_toolkit.programs.isolation import seeded_state
@@ -96,8 +97,8 @@ def linear_response(fit: Any, scalars: list[str] | None = None) -> LinearRespons
         >>> response.guide_sd.round(2), response.sd.round(2)
         (array([0.6, 0.6]), array([1., 1.]))
     """
-    progress = fit._progress
-    if progress is None or fit.method != "deterministic":
+    run = fit.run
+    if not isinstance(run, DeterministicRun) or run.progress is None:
         raise NotDeterministicError(
             "Linear response needs the curvature of a converged, deterministic ELBO: fit with "
             "method='deterministic' on the full data."
@@ -108,10 +109,11 @@ def linear_response(fit: Any, scalars: list[str] | None = None) -> LinearRespons
     if unknown:
         raise ValueError(f"no scalar {unknown[0]!r}; the scalars are {', '.join(joint.names[:8])}")
     rows = [joint.names.index(n) for n in names]
-    with fit._isolated(seeded_state(fit.seed)):
+    progress = run.progress
+    with fit.workspace.isolated(seeded_state(run.seed)):
         problem = progress.problem
         dtype = joint.start.dtype
-        z = normals(problem, progress.num_draws, fit.seed, max(progress.rounds - 1, 0), dtype)
+        z = normals(problem, progress.num_draws, run.seed, max(progress.rounds - 1, 0), dtype)
         try:
             problem, _, _ = solve(problem, z)
             jacobian = problem.mean_jacobian()[rows]
@@ -133,7 +135,7 @@ def linear_response(fit: Any, scalars: list[str] | None = None) -> LinearRespons
             covariance = (jacobian @ solved).double().numpy()
             mean, sd = (m.double().numpy()[rows] for m in problem.moments())
         finally:
-            fit._write_solution(progress)
+            run.write_solution()
     covariance = (covariance + covariance.T) / 2
     if not optimum:
         warnings.warn(

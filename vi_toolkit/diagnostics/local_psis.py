@@ -111,13 +111,15 @@ def local_psis(
         >>> vi.local_psis(fit).bad
         array([], dtype=int64)
     """
-    fit._needs_the_guide("An importance weight")
-    fit._needs_whole_plates()
+    fit.workspace.require_guide_density("An importance weight")
+    fit.workspace.require_whole_plates()
     frame = _frame(fit, plate)
     n = frame.size
-    guide_sites = _in_plate(fit._guide_trace, frame.name)
+    guide_sites = _in_plate(fit.workspace.guide_trace, frame.name)
     sites = [
-        s for s in latent_sites(fit._model_trace) if s in _in_plate(fit._model_trace, frame.name)
+        s
+        for s in latent_sites(fit.workspace.model_trace)
+        if s in _in_plate(fit.workspace.model_trace, frame.name)
     ]
 
     def per_datum(trace: Any) -> torch.Tensor:
@@ -132,8 +134,8 @@ def local_psis(
 
     rows = []
     for r in range(repetitions):
-        with fit._isolated(seeded_state(fit._seed(seed + r, 5))), torch.no_grad():
-            globals_only: Any = poutine.trace(fit.guide).get_trace(**fit._data)
+        with fit.workspace.isolated(seeded_state(fit.derived_seed(seed + r, 5))), torch.no_grad():
+            globals_only: Any = poutine.trace(fit.guide).get_trace(**fit.workspace.data)
             for name in guide_sites:
                 globals_only.remove_node(name)
             _check_that_locals_move(fit, globals_only, sites, frame.name)
@@ -141,12 +143,14 @@ def local_psis(
             def one(_: torch.Tensor, globals_only: Any = globals_only) -> torch.Tensor:
                 with FunctionalNoise():
                     replayed = poutine.replay(fit.guide, trace=globals_only)
-                    trace = poutine.trace(replayed).get_trace(**fit._data)
+                    trace = poutine.trace(replayed).get_trace(**fit.workspace.data)
                     model = poutine.trace(poutine.replay(fit.model, trace=trace))
-                    model_trace = model.get_trace(**fit._data)
+                    model_trace = model.get_trace(**fit.workspace.data)
                 return per_datum(model_trace) - per_datum(trace)
 
-            rows.append(Batched(one, fit._chunk(), random=True)(torch.zeros(num_draws)).double())
+            rows.append(
+                Batched(one, fit.workspace.chunk, random=True)(torch.zeros(num_draws)).double()
+            )
     weights = torch.stack(rows).numpy()  # (repetitions, draws, n)
     found = [pareto_k(weights[:, :, i]) for i in range(n)]
     return LocalParetoK(
@@ -161,7 +165,7 @@ def local_psis(
 def _check_that_locals_move(fit: Any, globals_only: Any, sites: list[str], plate: str) -> None:
     """Given the guide's globals its locals must still be drawn, each in the plate."""
     replayed = poutine.trace(poutine.replay(fit.guide, trace=globals_only))
-    first, second = (replayed.get_trace(**fit._data).nodes for _ in range(2))
+    first, second = (replayed.get_trace(**fit.workspace.data).nodes for _ in range(2))
     for name in sites:
         if torch.equal(first[name]["value"], second[name]["value"]):
             raise ValueError(
@@ -181,7 +185,7 @@ def _in_plate(trace: Any, plate: str) -> list[str]:
 def _frame(fit: Any, plate: str | None) -> Any:
     frames = {
         f.name: f
-        for site in latent_sites(fit._model_trace).values()
+        for site in latent_sites(fit.workspace.model_trace).values()
         for f in site["cond_indep_stack"]
         if f.dim is not None
     }

@@ -78,7 +78,7 @@ def missed_modes(
     draws = joint.flatten(fit.sample(2_000, seed=seed)).to(joint.start.dtype)
     if log_mass is None:
         log_mass = fit.elbo_estimate()[0]
-    with fit._isolated(seeded_state(fit._seed(seed, 5))):
+    with fit.workspace.isolated(seeded_state(fit.derived_seed(seed, 5))):
         density = joint.log_densities(draws)
         inside = draws[density >= density.nanmedian()]  # a draw in the tail is half over a barrier
         modes = find_modes(joint, starts, seed + 1)

@@ -182,7 +182,7 @@ def predictive_check(
     site = site or next(iter(densities))
     if site not in densities:
         raise ValueError(f"no observed site {site!r}; there are {', '.join(densities)}")
-    observed = observed_sites(fit._model_trace)[site]["value"].double().cpu().numpy()
+    observed = observed_sites(fit.workspace.model_trace)[site]["value"].double().cpu().numpy()
     replicated = fit.predict(draws=posterior, seed=seed)[site].double().cpu().numpy()
     log_p = densities[site].double().cpu().numpy()
     scalar = log_p.shape[1:] == observed.shape

@@ -15,12 +15,13 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariate
 from pyro.infer.inspect import get_dependencies
 from pyro.infer.reparam import LocScaleReparam
 
+from vi_toolkit.choice import MOST_LATENTS
 from vi_toolkit.comparison import STANDARD_ERRORS
 from vi_toolkit.diagnostics.pareto import psis
 from vi_toolkit.errors import ConvergenceWarning, VIError
-from vi_toolkit.fitting import MOST_LATENTS, Fit
 from vi_toolkit.fitting import fit as refit
 from vi_toolkit.programs.sites import latent_sites
+from vi_toolkit.result import Fit
 
 if TYPE_CHECKING:
     from vi_toolkit.figures import Figure
@@ -123,7 +124,7 @@ def suggest_guide(
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("guide")
     first = table.iloc[0]
     table.insert(2, "gain", table["ELBO"] - first["ELBO"])
-    both = (table["ELBO se"] ** 2 + first["ELBO se"] ** 2) ** 0.5
+    both = (table["ELBO_se"] ** 2 + first["ELBO_se"] ** 2) ** 0.5
     table.insert(3, "gain_se", both.where(table.index != "as it is", 0.0))
     sure = table["gain"] - STANDARD_ERRORS * table["gain_se"]
     better = table.index[(table["gain"] > LEAST_GAIN) & (sure > 0)]
@@ -136,7 +137,7 @@ def _row(of: Fit, num_draws: int, seed: int) -> dict[str, Any]:
     k = psis(of, num_draws, repetitions=4, seed=seed)
     return {
         "ELBO": elbo,
-        "ELBO se": error if math.isfinite(error) else 0.0,
+        "ELBO_se": error if math.isfinite(error) else 0.0,
         "k-hat": k.k,
         "effective fraction": k.effective_fraction,
         "converged": of.converged,
@@ -145,13 +146,13 @@ def _row(of: Fit, num_draws: int, seed: int) -> dict[str, Any]:
 
 
 def _candidates(of: Fit) -> dict[str, Candidate]:
-    size = sum(site["value"].numel() for site in latent_sites(of._model_trace).values())
+    size = sum(site["value"].numel() for site in latent_sites(of.workspace.model_trace).values())
     wide: Any = AutoMultivariateNormal
     if size > MOST_LATENTS["full-rank"]:
         wide = AutoLowRankMultivariateNormal(of.model, rank=RANK)
     name = wide.__name__ if isinstance(wide, type) else f"{type(wide).__name__}(rank={RANK})"
     out: dict[str, Candidate] = {}
-    if of.family not in ("full-rank", "low-rank"):
+    if of.guide_family not in ("full-rank", "low-rank"):
         out[name] = (of.model, wide)
     centred = hierarchical(of)
     if centred:
@@ -164,10 +165,10 @@ def _candidates(of: Fit) -> dict[str, Candidate]:
 
 def hierarchical(of: Fit) -> list[str]:
     """Latents with a location-scale prior around other latents: those that can be non-centred."""
-    with of._isolated():
-        dependencies: Any = get_dependencies(of.model, model_kwargs=of._data)
+    with of.workspace.isolated():
+        dependencies: Any = get_dependencies(of.model, model_kwargs=of.workspace.data)
     priors = dependencies["prior_dependencies"]
-    latents = latent_sites(of._model_trace)
+    latents = latent_sites(of.workspace.model_trace)
     found = []
     for name, site in latents.items():
         fn = site["fn"]

@@ -168,7 +168,7 @@ def diagnose(
         >>> vi.diagnose(fit, draws=10_000).verdict
         'trust the means only'
     """
-    if fit.family == "point":
+    if fit.guide_family == "point":
         raise ValueError("a point estimate has no uncertainty to diagnose: fit another guide")
     arrived = convergence(fit)
     if not arrived.converged:
@@ -183,7 +183,7 @@ def diagnose(
     sample = weighted_draws(fit, None, num_draws, REPETITIONS, seed)
     own = moments_of(fit, sample, "guide")
     response = None
-    if fit.family == "mean-field" and fit.method == "deterministic":
+    if fit.guide_family == "mean-field" and fit.method == "deterministic":
         response = linear_response(fit)
     wide = covariance = None
     if fit.joint.dim <= MOST_FOR_COVARIANCE:

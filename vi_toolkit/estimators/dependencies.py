@@ -29,17 +29,9 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import Independent, biject_to
 from torch.overrides import TorchFunctionMode
 
-from vi_toolkit.estimators.particles import (
-    Given,
-    Site,
-    is_deterministic,
-    is_drawn,
-    is_term,
-    log_density,
-    plates,
-    run,
-)
+from vi_toolkit.estimators.particles import Given, log_density, run
 from vi_toolkit.programs.isolation import kept_random_state
+from vi_toolkit.programs.sites import Site, is_drawn, is_point, is_term, plate_dims
 
 # Shares of a plate's indices whose values are exchanged. A single index cannot cancel itself, as
 # two can in a sum; many see what one index alone may not reach.
@@ -184,12 +176,14 @@ def _connect(
     model_trace, guide_trace = traces
     sites = {("model", n): s for n, s in model_trace.nodes.items() if is_term(s)}
     sites |= {("guide", n): s for n, s in guide_trace.nodes.items() if is_term(s)}
-    around = {name: set(plates(guide_trace.nodes[name]).items()) for name in dependencies.latents}
+    around = {
+        name: set(plate_dims(guide_trace.nodes[name]).items()) for name in dependencies.latents
+    }
     mixes = _mixing(dependencies, model, guide, args, kwargs, traces)
 
     def matched(latent: str, key: Key, via: str, kept: set[Any]) -> set[Any]:
         """Plates kept on the way from ``latent`` through ``via`` to the term."""
-        return kept & set(plates(sites[key]).items()) - mixes.get((via, key), set())
+        return kept & set(plate_dims(sites[key]).items()) - mixes.get((via, key), set())
 
     for latent in dependencies.latents:
         kept = {latent: around[latent]}  # descendants of the latent, with the plates that match
@@ -244,7 +238,7 @@ def _mixing(
     for latent in dependencies.latents:
         site = guide_trace.nodes[latent]
         event_dim = site["fn"].event_dim
-        for plate, dim in plates(site).items():
+        for plate, dim in plate_dims(site).items():
             axis = dim - event_dim
             if values[latent].dim() < -axis or values[latent].shape[axis] < 2:
                 continue
@@ -286,7 +280,7 @@ def _own_prior(latent: str, guide: Any, guide_trace: Any, model_trace: Any) -> s
     if isinstance(guide, AutoNormal):
         name = latent.removesuffix("_unconstrained")
     prior = model_trace.nodes.get(name)
-    if prior is None or not is_term(prior) or is_deterministic(prior):
+    if prior is None or not is_term(prior) or is_point(prior):
         return ""
     dims = []
     for one in (fn, prior["fn"]):

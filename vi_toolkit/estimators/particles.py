@@ -32,41 +32,10 @@ from torch.utils import _pytree as pytree
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.programs.isolation import kept_random_state
 from vi_toolkit.programs.noise import FunctionalNoise
+from vi_toolkit.programs.sites import Site, is_drawn, is_term, plate_dims
 from vi_toolkit.programs.vectorise import Batched
 
-Site = Any  # a node of a Pyro trace, or the message that becomes one
 Tensors = dict[str, Any]
-
-
-# ------------------------------------------------------------------ kinds of sites
-
-
-def is_deterministic(site: Site) -> bool:
-    """Whether the site is a point mass: it draws nothing."""
-    fn = site["fn"]
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__ == "Delta"
-
-
-def is_drawn(site: Site) -> bool:
-    """Whether the guide draws a random value here."""
-    return (
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and not is_deterministic(site)
-    )
-
-
-def is_term(site: Site) -> bool:
-    """Whether the site has a log density."""
-    return site["type"] == "sample" and not site_is_subsample(site)
-
-
-def plates(site: Site) -> dict[str, int]:
-    """Name -> dim of the vectorised plates around a site."""
-    return {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
 
 
 class Given(Messenger):
@@ -303,7 +272,7 @@ def terms_of(model_trace: Any, guide_trace: Any) -> tuple[Tensors, list[Term]]:
                     "write the density as a distribution with log_prob.",
                 )
             tensors[f"{owner}/{name}"] = log_density(site)
-            terms.append(Term(owner, name, plates(site)))
+            terms.append(Term(owner, name, plate_dims(site)))
     return tensors, terms
 
 

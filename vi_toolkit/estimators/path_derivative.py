@@ -8,16 +8,9 @@ from typing import Any
 import pyro.poutine as poutine
 import torch
 
-from vi_toolkit.estimators.particles import (
-    Given,
-    ParticleELBO,
-    Tensors,
-    is_drawn,
-    is_term,
-    log_density,
-    terms_of,
-)
+from vi_toolkit.estimators.particles import Given, ParticleELBO, Tensors, log_density, terms_of
 from vi_toolkit.estimators.reparam import refuse_unreparameterised
+from vi_toolkit.programs.sites import is_drawn, is_term
 
 
 class PathDerivative(ParticleELBO):

@@ -17,16 +17,9 @@ from vi_toolkit.estimators import (
     dependencies,
     divergence,  # noqa: F401  (its closed forms join torch's)
 )
-from vi_toolkit.estimators.particles import (
-    ParticleELBO,
-    Site,
-    Tensors,
-    is_drawn,
-    log_density,
-    run,
-    terms_of,
-)
+from vi_toolkit.estimators.particles import ParticleELBO, Tensors, log_density, run, terms_of
 from vi_toolkit.programs.isolation import kept_random_state
+from vi_toolkit.programs.sites import Site, is_drawn
 
 
 class Reparam(ParticleELBO):

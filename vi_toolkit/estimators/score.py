@@ -17,11 +17,8 @@ from vi_toolkit.estimators.baselines import Baseline, Signal
 from vi_toolkit.estimators.particles import (
     Detach,
     ParticleELBO,
-    Site,
     Tensors,
     Term,
-    is_drawn,
-    plates,
     pointwise,
     run,
     terms_of,
@@ -29,6 +26,7 @@ from vi_toolkit.estimators.particles import (
 )
 from vi_toolkit.estimators.reparam import reparameterised
 from vi_toolkit.programs.isolation import kept_random_state
+from vi_toolkit.programs.sites import Site, is_drawn, plate_dims
 
 
 class Score(ParticleELBO):
@@ -188,7 +186,7 @@ class Score(ParticleELBO):
     def one(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensors, dict[str, Any]]:
         detach = Detach(self._chosen)
         model_trace, guide_trace = self._run(model, guide, args, kwargs, detach)
-        seen = tuple((n, tuple(plates(s))) for n, s in guide_trace.nodes.items() if is_drawn(s))
+        seen = tuple((n, tuple(plate_dims(s))) for n, s in guide_trace.nodes.items() if is_drawn(s))
         seen += tuple(n for n, s in model_trace.nodes.items() if s["type"] == "sample")
         if self._seen is not None and seen != self._seen:
             self.prepare(model, guide, args, kwargs)  # the program took another way
@@ -214,7 +212,7 @@ class Score(ParticleELBO):
                 factors[name]["value"] = site["value"]
                 facts[name] = {"fn": fn}
             facts.setdefault(name, {}).update(
-                dims=dims, plates=plates(site), scale=site["scale"], prior=prior
+                dims=dims, plates=plate_dims(site), scale=site["scale"], prior=prior
             )
             if name in self._baselines:
                 facts[name]["rows"], facts[name]["cut"] = self._rows(site, guide_trace, dims)

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.preflight import shapes, sites, support, words
-from vi_toolkit.preflight.causes import cause, density_error
-from vi_toolkit.preflight.data import check_arguments, check_data, tensors
-from vi_toolkit.preflight.runs import Run, model_runs, numerical, passed, run, run_model
-from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
-from vi_toolkit.programs.minibatches import PlatePlan, plan_of_large_plate
-from vi_toolkit.programs.private_guide import private_guide
+from vi_toolkit.preflight import words
+from vi_toolkit.preflight.checks import Checks
+from vi_toolkit.preflight.data import check_arguments, check_data
+from vi_toolkit.preflight.runs import run_model
+from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.programs.minibatches import plan_of_large_plate
+from vi_toolkit.programs.workspace import Workspace
 
 __all__ = ["preflight"]
 
@@ -34,17 +31,19 @@ PART = 4_096  # rows of a large plate that are looked at in one run
 
 def preflight(
     model: Callable[..., Any],
-    guide: Callable[..., Any],
+    guide: Any,
     data: Mapping[str, Any],
     subsample: Mapping[str, int] | None = None,
     reparameterised: bool | None = None,
     enumerate: bool = False,
-) -> None:
+    seed: int = 0,
+    double: bool = False,
+) -> Workspace:
     """Raise :class:`PreflightError` if model, guide and data do not fit together.
 
     Runs the model two to four times and the guide once (more only when something is wrong), with
-    Pyro's validation on and in its own parameter store, random state and default dtype, so that
-    nothing of the caller's changes. Of a large plate that is subsampled these runs hold one
+    Pyro's validation on and in a parameter store, random state and default dtype of their own, so
+    that nothing of the caller's changes. If a large plate is subsampled, these runs hold one
     minibatch; then the model alone goes over all rows, some minibatches at a time.
 
     Args:
@@ -60,6 +59,12 @@ def preflight(
         reparameterised: True if the estimator needs gradients through the guide's draws.
         enumerate: whether latents marked ``infer={"enumerate": "parallel"}`` are summed out, and
             so may be missing in the guide.
+        seed: for the first values of the guide's parameters.
+        double: run the guide in double precision if it and the model can.
+
+    Returns:
+        The :class:`~vi_toolkit.programs.workspace.Workspace` of the checks, with the guide set up
+        and the traces of its first run, so that a fit need not run them again.
 
     Raises:
         PreflightError: with ``site`` and ``remedy``.
@@ -89,123 +94,46 @@ def preflight(
                 remedy=f"Pass a function or PyroModule to be called as {role}(**data).",
             )
     check_data(data)
-    data = dict(data)
-    own = private_guide(model, guide)
+    workspace = Workspace(model, guide, data, seed, subsample)
     check_arguments("model", model, data)
-    check_arguments("guide", own, data)
-    floats = {v.dtype for _, _, v in tensors(data) if v.is_floating_point() and v.dim()}
-    usual = floats & {torch.float32, torch.float64}
-    with (
-        isolated_pyro_state(
-            rng_state=seeded_state(0), dtype=usual.pop() if usual else None, validate=True
-        ),
-        warnings.catch_warnings(),
-        poutine.block(),
-    ):
+    check_arguments("guide", workspace.guide, data)
+    checks = Checks(workspace, subsample or {}, reparameterised, enumerate)
+    with warnings.catch_warnings(), poutine.block(), torch.no_grad():
         warnings.simplefilter("ignore")  # the fit itself will show them
-        well, warning = False, None
-        if plan := plan_of_large_plate(model, data, subsample):
-            another = private_guide(model, guide)
-            well, warning = _check_in_parts(model, another, data, plan, reparameterised, enumerate)
-        if not well:
-            warning = _check_runs(model, own, data, subsample or {}, reparameterised, enumerate)
+        well, warning = _check_in_parts(checks)
+        if well:
+            workspace.set_up()
+        else:
+            warning = checks.on_all_data(double)
     if warning:
         warnings.warn(warning, UserWarning, stacklevel=2)
+    return workspace
 
 
-def _check_in_parts(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: dict[str, Any],
-    plan: PlatePlan,
-    *options: Any,
-) -> tuple[bool, str | None]:
+def _check_in_parts(checks: Checks) -> tuple[bool, str | None]:
     """Whether all is well as far as minibatches of a large plate can tell, and the warning.
 
-    If not, runs on the whole data say what is wrong in terms of its own rows.
+    If there is no large plate, or something is wrong, runs on all the data say what it is in terms
+    of the data's own rows.
     """
+    workspace = checks.workspace
+    model, data = workspace.model, workspace.data
+    with workspace.isolated(seeded_state(0)):
+        plan = plan_of_large_plate(model, data, workspace.subsample)
+    if plan is None:
+        return False, None
     rows, handler = plan.apply(data, torch.arange(plan.batch))
+    apart = Checks(workspace.unused(), {}, checks.reparameterised, checks.enumerated)
     try:
         with handler:
-            warning = _check_runs(model, guide, rows, {}, *options)
+            alone = apart.model_alone(rows)
+            warning = apart.guide_and_model(alone, rows)
     except PreflightError:
         return False, None
     for part in torch.arange(plan.size).split(max(plan.batch, PART)):
         rows, handler = plan.with_batch(len(part)).apply(data, part)
-        with handler, torch.no_grad():
+        with handler, apart.workspace.isolated(validate=True):
             found = run_model(model, rows)
         if found.error is not None or found.problems.keys() & found.observed.keys():
             return False, None
     return True, warning
-
-
-def _check_runs(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: dict[str, Any],
-    subsample: Mapping[str, int],
-    reparameterised: bool | None,
-    enumerated: bool,
-) -> str | None:
-    """The checks that need model and guide to run; returns a warning, if there is one."""
-    automatic = isinstance(guide, AutoGuide)
-    autoguide = type(guide).__name__ if automatic else ""
-    run_again = partial(run_model, model)
-    draws = model_runs(model, guide, data)
-    runs = []
-    for attempt in draws:
-        runs.append(attempt)
-        if not numerical(attempt.error):
-            break
-    alone = runs[-1]
-    if alone.error is not None:
-        stopped = runs[0] if numerical(alone.error) else alone
-        raise cause("model", stopped, data, run_again) from stopped.error
-
-    sites.check_latents(alone)
-    shapes.check_broadcast(alone)
-    if enumerated:
-        shapes.check_enumerable(alone)
-    shapes.check_subsample(alone, subsample)
-    sites.check_declared(model, alone)
-
-    drawn = _run_guide(guide, data)
-    if drawn.error is not None:
-        raise cause("guide", drawn, data, partial(run, guide), autoguide, alone) from drawn.error
-    sites.check_guide(drawn, reparameterised, enumerated)
-    replayed = run_model(model, data, drawn)
-    sites.check_sites(alone, drawn, enumerated, automatic)
-    shapes.check_plates(alone, drawn, automatic)
-    prototypes = support.set_up_on(guide)
-    if automatic:
-        runs.append(run_model(model, data))
-        for name in prototypes.keys() & alone.sites.keys() & runs[-1].sites.keys():
-            one, other = alone.sites[name], runs[-1].sites[name]
-            support.check_fixed_support(name, one, other, autoguide)
-    for name, site in drawn.latents.items():
-        if name in alone.sites:
-            # Bounds may follow another latent, and sizes the guide's minibatch: compare with the
-            # model at the guide's own draw, if it got that far.
-            there = replayed.sites.get(name, alone.sites[name])
-            shapes.check_shape(name, there, site, name in prototypes)
-            support.check_support(name, there, site, prototypes.get(name), autoguide)
-    if replayed.error is not None and not numerical(replayed.error):
-        raise cause("model", replayed, data, run_again) from replayed.error
-
-    runs.append(replayed)
-    while not passed(runs):  # starts are many, so one good draw is enough
-        further = next(draws, None)
-        if further is None:
-            raise density_error(runs)
-        runs.append(further)
-    return sites.unobserved(model, alone, data)
-
-
-def _run_guide(guide: Callable[..., Any], data: Mapping[str, Any]) -> Run:
-    for validate in (True, False, False):
-        # An autoguide runs the model, and a fit does so without validation.
-        with pyro.validation_enabled(validate):
-            drawn = run(guide, data)
-        if not numerical(drawn.error):
-            break
-    return drawn

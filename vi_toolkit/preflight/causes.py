@@ -14,9 +14,9 @@ from torch import Tensor
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.preflight import words
 from vi_toolkit.preflight.runs import Run, numerical
-from vi_toolkit.preflight.shapes import plates
 from vi_toolkit.preflight.sites import missing_discrete
-from vi_toolkit.preflight.support import Site, family
+from vi_toolkit.preflight.support import distribution_name
+from vi_toolkit.programs.sites import Site, plates
 
 # What Pyro says -> sentence, remedy. {who} is "model", "guide" or "guide AutoNormal", say.
 _PYRO_SAYS = {
@@ -78,7 +78,7 @@ def cause(
     if retry and (found := _conversion(role, run, data, again)):
         return found
     known = model.sites if model else {}
-    improper = [n for n, s in known.items() if family(s["fn"]) == "ImproperUniform"]
+    improper = [n for n, s in known.items() if distribution_name(s["fn"]) == "ImproperUniform"]
     slots: dict[str, Any] = {"role": role, "who": who, "site": run.last}
     for pattern, (message, remedy) in _PYRO_SAYS.items():
         if match := re.search(pattern, text):
@@ -199,7 +199,7 @@ def density_error(runs: list[Run]) -> PreflightError:
     complete = [run for run in runs if run.error is None]
     last = complete[-1]
     name = next(n for n in last.problems if all(n in run.problems for run in complete))
-    fn = family(last.sites[name]["fn"])
+    fn = distribution_name(last.sites[name]["fn"])
     remedy = f"Check the parameters of its {fn}, or start the guide elsewhere."
     if last.sites[name]["is_observed"]:
         remedy = f"Correct the data, or use another distribution than {fn}."

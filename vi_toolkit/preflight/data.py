@@ -91,6 +91,35 @@ def check_data(data: Any) -> None:
             )
 
 
+def named_arguments(model: Callable[..., Any], data: Any) -> Any:
+    """Positional arguments (a tuple, or a single tensor) as a dict of the model's arguments.
+
+    Raises:
+        PreflightError: the model does not take so many positional arguments by name.
+
+    Example:
+        >>> named_arguments(lambda X, y=None: None, (1, 2))
+        {'X': 1, 'y': 2}
+    """
+    if isinstance(data, Tensor):
+        data = (data,)
+    if not isinstance(data, tuple):
+        return data
+    known = signature(model)
+    names = [
+        p.name
+        for p in (known.parameters.values() if known else ())
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    if len(data) > len(names):
+        raise PreflightError(
+            f"data has {len(data)} positional arguments, but the model names {len(names)}"
+            + (f" ({', '.join(names)})." if names else "."),
+            remedy='Pass a dict of arguments, e.g. {"X": X, "y": y}.',
+        )
+    return dict(zip(names, data, strict=False))
+
+
 def signature(fn: Callable[..., Any]) -> inspect.Signature | None:
     """The arguments of a model or guide; None if it takes whatever comes."""
     fn = unwrap(fn)

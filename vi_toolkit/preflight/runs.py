@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from vi_toolkit.preflight import support, words
-from vi_toolkit.preflight.support import Site
 from vi_toolkit.programs.private_guide import unwrap
+from vi_toolkit.programs.sites import Site
 
 # A density must be non-finite, or raise, at all of these before it counts as a mistake.
 PRIOR_DRAWS = 5
@@ -145,7 +145,7 @@ def _density_problem(site: Site) -> str | None:
             what = "observation" if site["is_observed"] else "draw"
             return (
                 f"the {what} {words.item(value, outside)} lies outside the support of "
-                f"{support.family(fn)}, {support.describe(fn)}"
+                f"{support.distribution_name(fn)}, {support.describe(fn)}"
             )
     return f"the log density is {words.item(log_prob.expand(bad.shape), bad)}"
 

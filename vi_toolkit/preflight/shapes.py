@@ -12,12 +12,7 @@ import pyro.distributions as dist
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.preflight import words
 from vi_toolkit.preflight.runs import Run
-from vi_toolkit.preflight.support import Site, core
-
-
-def plates(site: Site) -> dict[str, Any]:
-    """Vectorised plates around a site, by name."""
-    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
+from vi_toolkit.programs.sites import Site, core, plates
 
 
 def _undeclared(site: Site, shape: Any) -> dict[int, int]:

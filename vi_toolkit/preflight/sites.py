@@ -14,9 +14,9 @@ from vi_toolkit.errors import PreflightError
 from vi_toolkit.preflight import words
 from vi_toolkit.preflight.data import signature
 from vi_toolkit.preflight.runs import Run
-from vi_toolkit.preflight.shapes import plates
-from vi_toolkit.preflight.support import Site, family, is_discrete
+from vi_toolkit.preflight.support import distribution_name, is_discrete
 from vi_toolkit.programs.private_guide import unwrap
+from vi_toolkit.programs.sites import Site, plates
 
 
 def check_latents(model: Run) -> None:
@@ -129,7 +129,7 @@ def check_guide(guide: Run, reparameterised: bool | None, enumerated: bool) -> N
         summed_out = enumerated and infer.get("enumerate")
         if reparameterised and not summed_out and not site["fn"].has_rsample:
             raise PreflightError(
-                f"The guide's {family(site['fn'])} at site '{name}' has no reparameterised draws, "
+                f"The guide's {distribution_name(site['fn'])} at site '{name}' has no reparameterised draws, "
                 "which this estimator needs.",
                 name,
                 "Use another distribution there, or a score-function estimator: "

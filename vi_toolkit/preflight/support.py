@@ -15,8 +15,7 @@ from torch.distributions import TransformedDistribution, biject_to, transforms
 
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.preflight import words
-
-Site = Any  # a message of Pyro's trace: its name, fn, value, plates, ...
+from vi_toolkit.programs.sites import Site, core
 
 # Sets whose entries depend on each other, so that no box lies inside: constraint -> in words.
 # The first that fits counts, so a smaller set comes first.
@@ -40,14 +39,7 @@ _USUAL = {
 }
 
 
-def core(fn: Any) -> Any:
-    """A distribution without the wrappers that change neither its family nor its support."""
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def family(fn: Any) -> str:
+def distribution_name(fn: Any) -> str:
     return type(core(fn)).__name__
 
 
@@ -133,7 +125,7 @@ def _box(support: Any) -> Box | None:
     )
 
 
-def reach(fn: Any) -> Box | None:
+def support_box(fn: Any) -> Box | None:
     """The box that a distribution's draws fill; None if that is not known.
 
     The support of a TransformedDistribution is its last codomain, which for an affine map is the
@@ -143,7 +135,7 @@ def reach(fn: Any) -> Box | None:
     fn = core(fn)
     if getattr(type(fn), "support", None) is not TransformedDistribution.support:
         return _box(stated(fn))
-    box = reach(fn.base_dist)
+    box = support_box(fn.base_dist)
     if box is None:
         return None
     try:  # increasing or decreasing in each entry, so the bounds go to the bounds
@@ -158,7 +150,7 @@ def reach(fn: Any) -> Box | None:
 
 def describe(fn: Any) -> str:
     """The support in words."""
-    return str(reach(fn) or _JOINT.get(_joint(fn) or "") or stated(fn))
+    return str(support_box(fn) or _JOINT.get(_joint(fn) or "") or stated(fn))
 
 
 def entry_dims(fn: Any) -> int:
@@ -192,7 +184,7 @@ def _replacement(fn: Any) -> str:
     """A distribution for a guide of a latent with this prior."""
     if describe(fn) in _USUAL:
         return _USUAL[describe(fn)]
-    box, constraint = reach(fn), _joint(fn)
+    box, constraint = support_box(fn), _joint(fn)
     if box and not (box.discrete or Box().inside(box)):
         ends = [_text(bound) for bound in box.bounds()]
         lower, upper = ("bound" if "..." in end else end for end in ends)
@@ -206,7 +198,7 @@ def _replacement(fn: Any) -> str:
     except NotImplementedError:
         constraint = None
     if constraint is None:
-        return f"the model's kind of distribution, {family(fn)},"
+        return f"the model's kind of distribution, {distribution_name(fn)},"
     return (
         "dist.TransformedDistribution(dist.Normal(loc, scale), "
         f"torch.distributions.biject_to(constraints.{constraint}))"
@@ -234,8 +226,8 @@ def check_support(name: str, model: Site, guide: Site, prototype: Any, autoguide
     p, q = model["fn"], guide["fn"]
     if isinstance(core(p), dist.Delta):
         return
-    at_fault, remedy = family(q), f"Use {_replacement(p)} in the guide."
-    ours, theirs, discrete = reach(p), reach(q), is_discrete(q)
+    at_fault, remedy = distribution_name(q), f"Use {_replacement(p)} in the guide."
+    ours, theirs, discrete = support_box(p), support_box(q), is_discrete(q)
     if isinstance(core(q), dist.Delta):
         theirs = None  # a point: it is the draw that counts
     if prototype is not None:
@@ -247,7 +239,7 @@ def check_support(name: str, model: Site, guide: Site, prototype: Any, autoguide
     if (ours or _joint(p)) and not fits:
         raise PreflightError(
             f"At site '{name}' the guide's {at_fault} has support {theirs}, which is not inside "
-            f"that of the model's {family(p)}, {describe(p)}.",
+            f"that of the model's {distribution_name(p)}, {describe(p)}.",
             name,
             remedy,
         )
@@ -256,7 +248,7 @@ def check_support(name: str, model: Site, guide: Site, prototype: Any, autoguide
     if out is not None and out.any():
         raise PreflightError(
             f"The guide's draw {words.item(guide['value'], out)} of '{name}' lies outside the "
-            f"support of the model's {family(p)}, {describe(p)}.",
+            f"support of the model's {distribution_name(p)}, {describe(p)}.",
             name,
             "Constrain what the guide returns there, e.g. with pyro.param(..., constraint=...) or "
             "biject_to(the model's support).",

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to, constraints
 
 from vi_toolkit.compiled.density import CompiledDensity, compiled_density
-from vi_toolkit.programs.prototype import prototype, start_value, values_it_runs_at
+from vi_toolkit.programs.prototype import trace_that_runs
 from vi_toolkit.programs.sites import latent_sites, observed_sites
 from vi_toolkit.programs.vectorise import BAD_POINT, Batched
 
@@ -104,12 +104,7 @@ class Joint:
     def __init__(self, model: Callable[..., Any], data: Mapping[str, Any]):
         self.model = model
         self.data = dict(data)
-        values = values_it_runs_at(model, data)
-
-        def start(site: dict[str, Any]) -> torch.Tensor:
-            return values[site["name"]] if site["name"] in values else start_value(site)
-
-        trace = prototype(model, data, start)
+        trace = trace_that_runs(model, data)
         self.sites: dict[str, Site] = {}
         position = 0
         for name, site in latent_sites(trace).items():

@@ -14,6 +14,8 @@ from torch.distributions import biject_to
 from vi_toolkit.programs.sites import latent_sites
 from vi_toolkit.programs.vectorise import BAD_POINT
 
+ATTEMPTS = 100  # at finding latents at which a model runs
+
 
 def start_value(site: dict[str, Any]) -> torch.Tensor:
     """A first value for a latent: the prior median, or the middle of the unconstrained space.
@@ -39,21 +41,18 @@ def prototype(
         return poutine.trace(model).get_trace(**data)
 
 
-ATTEMPTS = 100  # at finding latents at which a model runs
-
-
-def values_it_runs_at(
+def trace_that_runs(
     model: Callable[..., Any],
     data: Mapping[str, Any],
     start: Callable[[dict[str, Any]], torch.Tensor] = start_value,
-) -> dict[str, torch.Tensor]:
-    """Latents at which the model does not raise: from ``start`` if it can be, else prior draws.
+) -> Any:
+    """Trace of the model at latents at which it does not raise: ``start``'s, else prior draws.
 
     A model may well raise at its prior medians: at a covariance that is not positive definite, or
     in a solver that does not converge there.
 
     Raises:
-        what the model raised first, if it raises at ``ATTEMPTS`` prior draws too.
+        what the model raised first, if it also raises at ``ATTEMPTS`` prior draws.
     """
 
     def prior_draw(site: dict[str, Any]) -> torch.Tensor:
@@ -67,10 +66,18 @@ def values_it_runs_at(
         try:
             # Hidden from the handlers around, which must see one run only.
             with poutine.block():
-                trace = prototype(model, data, prior_draw if attempt else start)
+                return prototype(model, data, prior_draw if attempt else start)
         except BAD_POINT as error:
             first = first or error
-        else:
-            return {name: site["value"] for name, site in latent_sites(trace).items()}
     assert first is not None
     raise first
+
+
+def values_it_runs_at(
+    model: Callable[..., Any],
+    data: Mapping[str, Any],
+    start: Callable[[dict[str, Any]], torch.Tensor] = start_value,
+) -> dict[str, torch.Tensor]:
+    """The latents of :func:`trace_that_runs`."""
+    trace = trace_that_runs(model, data, start)
+    return {name: site["value"] for name, site in latent_sites(trace).items()}

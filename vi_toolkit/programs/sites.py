@@ -1,29 +1,94 @@
-"""The sites of a Pyro trace: which are latent, observed, plates, factors or points."""
+"""The sites of a Pyro trace: which are latent, observed, plates, factors or points.
+
+A *site* is one message of a trace: a dict with the keys ``type``, ``name``, ``fn``, ``value``,
+``is_observed``, ``infer``, ``cond_indep_stack``, ...
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pyro.distributions as dist
 from pyro.poutine.util import site_is_subsample
 
+Site = Any
 
-def latent_sites(trace: Any) -> dict[str, dict[str, Any]]:
+
+def is_plate(site: Site) -> bool:
+    """Whether the site is a plate's choice of indices rather than a random variable."""
+    return site["type"] == "sample" and site_is_subsample(site)
+
+
+def is_partial_plate(site: Site) -> bool:
+    """Whether the site is a plate that holds fewer rows than it stands for."""
+    return is_plate(site) and len(site["value"]) < getattr(site["fn"], "size", 0)
+
+
+def is_factor(site: Site) -> bool:
+    """Whether the site is a ``pyro.factor``: a term of the density without a value."""
+    return site["type"] == "sample" and isinstance(core(site["fn"]), dist.Unit)
+
+
+def is_deterministic(site: Site) -> bool:
+    """Whether the site is a ``pyro.deterministic``: a value computed from others."""
+    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
+
+
+def is_point(site: Site) -> bool:
+    """Whether the site's distribution is a point mass, which draws nothing."""
+    fn = site["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+def is_drawn(site: Site) -> bool:
+    """Whether a guide draws a random value here."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not is_plate(site)
+        and not is_point(site)
+    )
+
+
+def is_term(site: Site) -> bool:
+    """Whether the site has a log density."""
+    return site["type"] == "sample" and not is_plate(site)
+
+
+def plates(site: Site) -> dict[str, Any]:
+    """Name -> frame of the vectorised plates around a site."""
+    return {f.name: f for f in site["cond_indep_stack"] if f.vectorized}
+
+
+def plate_dims(site: Site) -> dict[str, int]:
+    """Name -> dimension of the vectorised plates around a site."""
+    return {name: frame.dim for name, frame in plates(site).items()}
+
+
+def core(fn: Any) -> Any:
+    """A distribution without the wrappers that change neither its family nor its support."""
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def latent_sites(trace: Any) -> dict[str, Site]:
     """The latent sample sites of a model's trace (plates and auxiliary sites left out)."""
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+        if site["type"] == "sample" and not site["is_observed"] and not is_plate(site)
     }
 
 
-def observed_sites(trace: Any) -> dict[str, dict[str, Any]]:
-    """The observed sample sites of a model's trace."""
+def observed_sites(trace: Any) -> dict[str, Site]:
+    """The observed sample sites of a model's trace: data, not factors or computed values."""
     return {
         name: site
         for name, site in trace.nodes.items()
         if site["type"] == "sample"
         and site["is_observed"]
-        and not site_is_subsample(site)
-        and not site["infer"].get("_deterministic")  # pyro.deterministic
-        and type(site["fn"]).__name__ != "Unit"  # pyro.factor
+        and not (is_plate(site) or is_deterministic(site) or is_factor(site))
     }

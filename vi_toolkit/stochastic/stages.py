@@ -225,7 +225,7 @@ class Stochastic:
         self,
         steps: int | None,
         report: Callable[[int, list[float], float], None],
-        stop: Callable[[Stochastic], bool] | None = None,
+        look: Callable[[], bool] = lambda: False,
     ) -> None:
         """Take ``steps`` steps, or as many as convergence needs if None.
 
@@ -233,7 +233,7 @@ class Stochastic:
             steps: number of optimiser steps.
             report: called after each step or block of compiled steps with the number of steps
                 so far, the ELBOs of the new ones and the error so far.
-            stop: asked after each look at a stage; the fit's own rule if None.
+            look: called after each look at a stage; ends the run if it returns True.
         """
         end = None if steps is None else self.step + steps
         set_random_state(self.rng)
@@ -244,7 +244,7 @@ class Stochastic:
                 elbos = self.accelerator.take(min(left, self.block_length - self.in_block))
                 looked = self.check_stage()
                 report(self.step, elbos, self.error)
-                if looked and (stop(self) if stop else steps is None and self.converged):
+                if looked and (look() or (steps is None and self.converged)):
                     break
                 if looked:
                     self.accelerator.look_around()
