@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,11 @@ from vi_toolkit.programs.guide_draws import (
 )
 from vi_toolkit.programs.integers import as_integer
 from vi_toolkit.programs.joint import Joint
-from vi_toolkit.programs.prediction import pointwise_log_likelihood, predictions
+from vi_toolkit.programs.prediction import (
+    pointwise_log_likelihood,
+    predictions,
+    row_latents,
+)
 from vi_toolkit.programs.sites import latent_sites
 from vi_toolkit.programs.workspace import Draws, Workspace
 from vi_toolkit.stochastic.run import Settings, StochasticRun
@@ -179,8 +183,17 @@ class Fit:
         data: Mapping[str, Any] | None = None,
         draws: Draws | None = None,
         seed: int | None = None,
+        same_rows: bool | None = None,
+        redraw: Collection[str] = (),
     ) -> Draws:
         """Draws from the posterior predictive distribution.
+
+        Every observed site is drawn anew, also those for which ``data`` has values: predict does
+        not condition on new observations. Latents keep their posterior draws, except for those that
+        each row has for itself (a latent inside all plates of an observed site): new rows get new
+        ones from the model. The effects of groups are kept, so that new rows of a known group are
+        predicted with its effect; a group that the fit has not seen is an error, unless ``redraw``
+        names the effect or its plate.
 
         Args:
             num_draws: number of draws.
@@ -188,6 +201,9 @@ class Fit:
                 fit's own data if None.
             draws: posterior draws to use, as from :meth:`sample`; fresh ones if None.
             seed: of the draws.
+            same_rows: whether the rows of ``data`` are those of the fit, so that their own latents
+                are kept; if None, they are if ``data`` is None.
+            redraw: further latents, or plates with all their latents, to draw anew.
 
         Returns:
             Observed and deterministic site -> tensor of shape (num_draws, *site shape).
@@ -198,7 +214,10 @@ class Fit:
         if data is not None:
             check_data(data)
             check_arguments("model", self.model, data)
-        return predictions(self.workspace, draws, data, self.derived_seed(seed, 2))
+        if same_rows is None:
+            same_rows = data is None
+        anew = set(redraw) | set(() if same_rows else row_latents(self.workspace))
+        return predictions(self.workspace, draws, data, anew, self.derived_seed(seed, 2))
 
     def log_likelihood(self, draws: Draws | None = None, num_draws: int = 1000) -> Draws:
         """Pointwise log likelihood at posterior draws.
