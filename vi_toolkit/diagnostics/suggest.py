@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariate
 from pyro.infer.inspect import get_dependencies
 from pyro.infer.reparam import LocScaleReparam
 
-from vi_toolkit.comparison import STANDARD_ERRORS
+from vi_toolkit.agreement import STANDARD_ERRORS
 from vi_toolkit.diagnostics.pareto import psis
 from vi_toolkit.errors import ConvergenceWarning, VIError
 from vi_toolkit.fitting import MOST_LATENTS, Fit

@@ -1,0 +1,72 @@
+"""What a function that takes a fit may ask of it, without knowing how fits are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from vi_toolkit.programs.joint import Joint
+
+Draws = dict[str, torch.Tensor]
+
+
+class FitLike(Protocol):
+    """A fitted guide: what was fitted, whether the optimum was reached, and draws of the result.
+
+    :class:`vi_toolkit.Fit` is one. Its documentation describes every member; ``num_draws`` counts
+    draws, and ``seed`` is that of the draws (the fit's own if None).
+    """
+
+    @property
+    def model(self) -> Callable[..., Any]: ...
+    @property
+    def guide(self) -> Any: ...
+    @property
+    def data(self) -> Mapping[str, Any]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def joint(self) -> Joint: ...
+    @property
+    def guide_family(self) -> str | None: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def elbo(self) -> np.ndarray: ...
+    @property
+    def converged(self) -> bool: ...
+    @property
+    def convergence(self) -> str: ...
+    @property
+    def monte_carlo_error(self) -> float: ...
+    @property
+    def restarts(self) -> Sequence[float]: ...
+
+    def sample(self, num_draws: int = 1000, seed: int | None = None) -> Draws: ...
+
+    def predict(
+        self,
+        num_draws: int = 1000,
+        data: Mapping[str, Any] | None = None,
+        draws: Draws | None = None,
+        seed: int | None = None,
+    ) -> Draws: ...
+
+    def log_likelihood(self, draws: Draws | None = None, num_draws: int = 1000) -> Draws: ...
+
+    def log_weights(self, num_draws: int = 1000, seed: int | None = None) -> torch.Tensor: ...
+
+    def weighted_sample(
+        self, num_draws: int = 1000, seed: int | None = None
+    ) -> tuple[Draws, torch.Tensor]: ...
+
+    def elbo_estimate(
+        self, num_draws: int = 1000, seed: int | None = None
+    ) -> tuple[float, float]: ...
+
+    def summed_out(self) -> list[str]: ...
+
+    def extend(self, steps: int | None = None) -> FitLike: ...
