@@ -1,4 +1,7 @@
-"""What a function that takes a fit may ask of it, without knowing how fits are made."""
+"""What a function that takes a fit may ask of it, without knowing how fits are made.
+
+The module stands just above ``programs``, so that the protocol can name the types found there.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,5 @@ class FitLike(Protocol):
     def elbo_estimate(
         self, num_draws: int = 1000, seed: int | None = None
     ) -> tuple[float, float]: ...
-
-    def summed_out(self) -> list[str]: ...
 
     def extend(self, steps: int | None = None) -> FitLike: ...
