@@ -32,7 +32,7 @@ from benchmarks.posteriordb_models import MODELS
 from benchmarks.step_time import logistic, schools
 from recipes import logistic_regression
 from vi_toolkit.programs.joint import Joint
-from vi_toolkit.reference.nuts import nuts_draws
+from vi_toolkit.reference import nuts_draws
 
 
 def cpu(f: Callable[[], Any]) -> float:

@@ -141,7 +141,7 @@ def run(
 ) -> None:
     """Fit a recipe on its real data with each of its guides and compare with the reference."""
     import vi_toolkit as vi
-    from vi_toolkit.figures import plot_comparisons
+    from vi_toolkit.comparison import plot_comparisons
 
     recipe = import_recipe(name)
     model, guides, data = reference_problem(recipe)

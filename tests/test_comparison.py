@@ -27,12 +27,13 @@ def gaussian_fit(mean=MEAN, covariance=COVARIANCE, family="full-rank", names=NAM
     """As much of a fit as compare uses, with a Gaussian for its guide."""
     root = np.linalg.cholesky(covariance)
 
-    def sample(n, seed=None):
-        noise = np.random.default_rng(seed).standard_normal((n, len(names)))
+    def sample(num_draws, seed=None):
+        noise = np.random.default_rng(seed).standard_normal((num_draws, len(names)))
         return {"z": torch.from_numpy(mean + noise @ root.T)}
 
     joint = SimpleNamespace(names=list(names), flatten=lambda draws: draws["z"])
-    return SimpleNamespace(joint=joint, sample=sample, family=family, **more)
+    optimum = {"converged": True, "convergence": ""} | more
+    return SimpleNamespace(joint=joint, sample=sample, guide_family=family, **optimum)
 
 
 def nuts_like(ess, mean=MEAN, seed=None):

@@ -8,8 +8,8 @@ import torch
 from matplotlib import pyplot as plt
 
 from tests.test_comparison import COVARIANCE, EXACT, MEAN, MEAN_FIELD, SD, gaussian_fit
-from vi_toolkit.comparison import compare
-from vi_toolkit.figures import MOST_SCALARS, plot_comparisons, plot_fit
+from vi_toolkit.comparison import compare, plot_comparisons
+from vi_toolkit.figures import MOST_SCALARS, plot_fit
 from vi_toolkit.reference.reference import Reference
 
 

@@ -1,25 +1,40 @@
-"""A variational fit beside a reference posterior: what is right, and what theory expects."""
+"""A variational fit beside a reference posterior: what agrees, and what theory expects."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
-import scipy.stats
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from vi_toolkit.reference.reference import LEVELS, Reference
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from vi_toolkit.result import Fit
-
-STANDARD_ERRORS = 4.0
-"""A limit is never set closer than this many Monte Carlo standard errors."""
-
-TRUST, MEANS_ONLY, DO_NOT_TRUST = "trust", "trust the means only", "do not trust"
+from vi_toolkit.agreement import (
+    DO_NOT_TRUST,
+    MEANS_ONLY,
+    TRUST,
+    caveats,
+    compare_correlations,
+    compare_means,
+    compare_sds,
+)
+from vi_toolkit.figures import (
+    COLOURS,
+    INK,
+    MOST_SCALARS,
+    PALE,
+    REFERENCE,
+    REFERENCE_CORE,
+    STYLE,
+    Figure,
+)
+from vi_toolkit.fit_protocol import FitLike
+from vi_toolkit.reference.reference import Reference
+from vi_toolkit.reference.summary import LEVELS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,17 +42,18 @@ class Comparison:
     """What :func:`compare` found.
 
     Attributes:
-        table: one row per scalar on the unconstrained scale: reference mean and sd, VI mean and sd,
-            mean error (in reference sds) and its standard error, sd ratio (VI over reference), its
-            standard error, the sd ratio expected of the guide's family, and ``ok``.
+        table: one row per scalar on the unconstrained scale: mean and sd of the reference and of
+            the fit, mean error (in reference sds) and its standard error, sd ratio (fit over
+            reference) and its standard error, the sd ratio expected of the guide's family, and
+            ``ok``.
         verdict: "trust" (means, sds and correlations agree with the reference), "trust the means
             only", or "do not trust".
         reasons: sentences behind the verdict.
-        ok: every row is ok and, where the family can have correlations, so are they; never against
-            a reference that was refused.
+        ok: whether every row is ok and the correlations are right, if the family can have any;
+            False for every comparison with a refused reference.
         reference: what the fit was compared with.
-        family: the guide's family: "mean-field", "full-rank", "low-rank", "point" or None.
-        quantiles: VI quantiles "5%", "25%", "50%", "75%", "95%", each (d,).
+        guide_family: the guide's family: "mean-field", "full-rank", "low-rank", "point" or None.
+        quantiles: the fit's quantiles "5%", "25%", "50%", "75%", "95%", each (d,).
         mean_tolerance, sd_tolerance: as given to :func:`compare`.
     """
 
@@ -46,16 +62,16 @@ class Comparison:
     reasons: list[str]
     ok: bool
     reference: Reference
-    family: str | None
+    guide_family: str | None
     quantiles: dict[str, np.ndarray]
     mean_tolerance: float
     sd_tolerance: float
 
     def assert_ok(self) -> None:
-        """Raise AssertionError, listing the rows at fault, unless the fit is what it should be.
+        """Raise AssertionError with the rows at fault unless the fit is as good as it can be.
 
-        That is: means equal to the reference's, and sds equal to what the guide's family can give.
-        A mean-field fit that is too narrow exactly as theory says passes; its verdict still is
+        The fit must have the reference's means, and the sds that the guide's family can give. A
+        mean-field fit that is too narrow exactly as theory says passes, although its verdict is
         "trust the means only".
         """
         if not self.ok:
@@ -64,10 +80,8 @@ class Comparison:
             raise AssertionError("\n".join(self.reasons) + rows)
 
     def plot(self, **options: Any) -> Figure:
-        """Intervals and sd ratios; see :func:`~vi_toolkit.figures.plot_comparisons`."""
-        from vi_toolkit.figures import plot_comparisons  # matplotlib only where it is wanted
-
-        return plot_comparisons({self.family or "VI": self}, **options)
+        """Intervals and sd ratios; the options are those of :func:`plot_comparisons`."""
+        return plot_comparisons({self.guide_family or "VI": self}, **options)
 
     def __repr__(self) -> str:
         lines = [_text(self.table), "", f"Verdict: {self.verdict}."]
@@ -75,7 +89,7 @@ class Comparison:
 
 
 def compare(
-    fit: Fit,
+    fit: FitLike,
     reference: Reference,
     mean_tolerance: float = 0.05,
     sd_tolerance: float = 0.05,
@@ -85,37 +99,41 @@ def compare(
 ) -> Comparison:
     r"""Compare a fit with a reference posterior, scalar by scalar on the unconstrained scale.
 
-    With m, s the reference's mean and sd, and m', s' those of ``draws`` draws of the fit:
+    m and s are a scalar's mean and sd in the reference, m' and s' those of ``num_draws`` draws of
+    the fit, and se is the standard error of what is compared, from the draws of both sides.
 
-    - a mean is right if \|m' - m\| / s <= max(``mean_tolerance``, 4 se);
-    - an sd is right if \|log(s' / (r s))\| <= max(log(1 + ``sd_tolerance``), 4 se), where r is what
-      the family can give: r_i = (Lambda_ii Sigma_ii)^(-1/2) for a mean-field guide, whose variances
-      are too small by theory (Lambda = Sigma^(-1); see ``Reference.mean_field_sd_ratio``); 0 for a
-      point estimate; 1 for all others. So a mean-field fit that fails to underestimate is *not* ok;
-    - where the family has correlations, every one is within
-      max(``correlation_tolerance``, 4 se) of the reference's.
+    - A mean is right if \|m' - m\| / s <= max(``mean_tolerance``, 4 se).
+    - An sd is right if \|log(s' / (r s))\| <= max(log(1 + ``sd_tolerance``), 4 se). r is the ratio
+      that the best guide of the family has: 0 for a point estimate;
+      (Lambda_ii Sigma_ii)^(-1/2) for a mean-field guide, which theory says is too narrow
+      (Lambda = Sigma^(-1); see ``Reference.mean_field_sd_ratio``); 1 for all others. So a
+      mean-field fit that fails to underestimate is *not* ok.
+    - A correlation is right if it is within max(``correlation_tolerance``, 4 se) of the
+      reference's. Mean-field guides and point estimates have none, which is not counted as wrong.
 
-    se joins the Monte Carlo errors of the two sides' draws; the optimiser's error is not part of it
-    and excuses nothing. 4 se exceeds a tolerance of 0.05 sd only where the reference has fewer than
-    6,400 effective draws; the limit then grows so that chance alone does not fail a right fit, and
-    the reasons say so. Nothing else widens a limit: a posterior that is not near-Gaussian is held
-    to the same numbers, although the r of a mean-field guide is only approximate there.
+    The optimiser's error is not part of se and excuses nothing. 4 se exceeds a tolerance of 0.05 sd
+    only if the reference has fewer than 6,400 effective draws; the limit then grows so that chance
+    alone does not fail a right fit, and the reasons say so. Nothing else widens a limit: the limits
+    are the same for a posterior that is not near-Gaussian, although the r of a mean-field guide is
+    approximate there.
 
-    A refused reference (``error.reference`` of a InvalidReferenceError) confirms nothing: its rows can be
-    read, but the verdict is "do not trust".
+    A refused reference (``error.reference`` of an InvalidReferenceError) confirms nothing: you can
+    read the rows, but the verdict is "do not trust".
 
     Args:
-        fit: has ``joint`` (``names``, ``flatten``), ``family`` and ``sample(n, seed=...)``.
-        reference: of the same model and data.
-        mean_tolerance: in reference sds.
-        sd_tolerance: relative.
-        correlation_tolerance: absolute.
-        num_draws: of the fit; at least 100,000, so that its sampling error (0.003 sd) does not matter.
-        seed: of these draws.
+        fit: a :class:`~vi_toolkit.Fit`.
+        reference: reference posterior of the same model and data.
+        mean_tolerance: tolerance of means, in reference sds.
+        sd_tolerance: relative tolerance of sds.
+        correlation_tolerance: absolute tolerance of correlations.
+        num_draws: number of draws of the fit; at least 100,000, so that their sampling error
+            (0.003 sd) does not matter.
+        seed: seed of these draws.
 
     Raises:
-        TypeError: ``reference`` is no :class:`~vi_toolkit.Reference`.
-        ValueError: fit and reference do not have the same scalars, or a draw is not finite.
+        TypeError: ``reference`` is not a :class:`~vi_toolkit.Reference`.
+        ValueError: the fit and the reference do not have the same scalars, a draw is not finite,
+            or ``num_draws`` is too small.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch, vi_toolkit as vi
@@ -133,141 +151,44 @@ def compare(
     _check_reference(reference)
     _check_names(list(fit.joint.names), reference.names)
     if num_draws < 100_000:
-        raise ValueError(f"draws is {num_draws}; compare needs at least 100,000 of them")
+        raise ValueError(f"num_draws is {num_draws}; compare needs at least 100,000")
     own = fit.sample(num_draws, seed=seed)
-    # The user's dtype may be too coarse for sums over 100,000 numbers.
+    # Sums over 100,000 numbers need more precision than the fit's dtype may have.
     z = fit.joint.flatten({k: v.detach().cpu().double() for k, v in own.items()}).numpy()
     for name, column in zip(reference.names, z.T, strict=True):
         if not np.isfinite(column).all():
             raise ValueError(f"the fit's draws of {name} are not all finite")
-    m, s = reference.mean, reference.sd
-    mean, sd = z.mean(0), z.std(0)
-    varies = sd > 1e-9 * (np.abs(mean) + s)
-    sd = np.where(varies, sd, 0.0)
-
-    error = (mean - m) / s
-    error_se = np.hypot(reference.mean_se, sd / np.sqrt(num_draws)) / s
-    mean_limit = np.maximum(mean_tolerance, STANDARD_ERRORS * error_se)
-    mean_ok = np.abs(error) <= mean_limit
-
-    expected = _expected_sd_ratio(fit.guide_family, reference)
-    ratio = sd / s
-    mean_field = fit.guide_family == "mean-field" and reference.covariance is not None
-    # What a mean-field sd is held against is the reference's conditional sd.
-    noise = reference.conditional_sd_se / (expected * s) if mean_field else reference.sd_se / s
-    kurtosis = np.zeros_like(sd)
-    kurtosis[varies] = scipy.stats.kurtosis(z[:, varies])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # se of log sd is sqrt((kurtosis + 2) / 4n), with the excess kurtosis.
-        own_se = np.sqrt(np.maximum(kurtosis + 2, 0) / (4 * num_draws))
-        log_se = np.hypot(noise, own_se)
-        sd_limit = np.maximum(np.log1p(sd_tolerance), STANDARD_ERRORS * log_se)
-        excess = np.log(ratio / expected)
-        sd_ok = np.where(expected == 0, ~varies, np.abs(excess) <= sd_limit)
-        # The same against the reference itself, which decides whether an sd can be used as it is.
-        as_it_is = np.abs(np.log(ratio)) <= np.maximum(
-            np.log1p(sd_tolerance),
-            STANDARD_ERRORS * np.hypot(reference.sd_se / s, own_se),
-        )
-
+    sds = compare_sds(z, fit.guide_family, reference, sd_tolerance)
+    means = compare_means(z, sds.value, reference, mean_tolerance)
+    correlations_ok, sentence = compare_correlations(z, sds, reference, correlation_tolerance)
     table = pd.DataFrame(
         {
-            "reference mean": m,
-            "reference sd": s,
-            "VI mean": mean,
-            "VI sd": sd,
-            "mean error": error,
-            "mean_error_se": error_se,
-            "sd ratio": ratio,
-            "sd_ratio_se": ratio * log_se,
-            "expected sd ratio": expected,
-            "ok": mean_ok & sd_ok,
+            "reference mean": reference.mean,
+            "reference sd": reference.sd,
+            "VI mean": means.value,
+            "VI sd": sds.value,
+            "mean error": means.error,
+            "mean_error_se": means.error_se,
+            "sd ratio": sds.ratio,
+            "sd_ratio_se": sds.ratio_se,
+            "expected sd ratio": sds.expected,
+            "ok": means.ok & sds.ok,
         },
         index=pd.Index(reference.names, name="scalar"),
     )
-
-    names, reasons = reference.names, []
+    reasons = [means.sentence(), *sds.sentences()]
     refused = reference.made.get("refused")
     if refused:
-        reasons.append(f"The reference was refused, so it confirms nothing: {refused}.")
-    # Means
-    if mean_ok.all():
-        i = int(np.argmax(np.abs(error)))
-        reasons.append(
-            f"Every mean agrees: the largest error is {error[i]:+.3f} reference sd ({names[i]})."
-        )
-    else:
-        i = int(np.argmax(np.abs(error) / mean_limit))
-        reasons.append(
-            f"{_count(~mean_ok, 'mean')} off: {names[i]} by {error[i]:+.3f} reference sd "
-            f"(limit {mean_limit[i]:.3f})."
-        )
-    # Sds
-    bug = False
-    if fit.guide_family == "point":
-        reasons.append("A point estimate has no sds, intervals or correlations.")
-    elif sd_ok.all() and as_it_is.all():
-        i = int(np.argmax(np.abs(np.log(ratio))))
-        reasons.append(
-            f"Every sd agrees: the ratio furthest from 1 is {ratio[i]:.3f} ({names[i]})."
-        )
-    elif sd_ok.all():
-        i = int(np.argmin(ratio))
-        reasons.append(
-            "The sds are too small exactly as theory says of a mean-field guide: that of "
-            f"{names[i]} is {ratio[i]:.3f} of the reference, where {expected[i]:.3f} is expected. "
-            "For intervals use a guide with correlations, such as AutoMultivariateNormal."
-        )
-    else:
-        i = int(np.argmax(np.abs(excess) / sd_limit))
-        reasons.append(
-            f"{_count(~sd_ok, 'sd')} off: that of {names[i]} is {ratio[i]:.3f} of the reference's, "
-            f"where {expected[i]:.3f} is expected (limit {100 * np.expm1(sd_limit[i]):.1f} %)."
-        )
-        wide = mean_field & (expected < 0.95) & (excess > sd_limit)
-        if wide.any() and reference.near_gaussian:
-            bug = True
-            reasons.append(
-                "A mean-field guide cannot be that wide on a near-Gaussian posterior: suspect the "
-                "optimiser, the guide or its family's name."
-            )
-    # Correlations
-    correlations_ok = True
-    if reference.covariance is not None and len(names) > 1:
-        correlations_ok, sentence = _correlations(
-            z, varies, reference, fit.guide_family, correlation_tolerance, num_draws
-        )
-        if sentence:
-            reasons.append(sentence)
-    # What the reader must know about the comparison itself
-    if not getattr(fit, "converged", True):
+        reasons.insert(0, f"The reference was refused, so it confirms nothing: {refused}.")
+    if sentence:
+        reasons.append(sentence)
+    if not fit.converged:
         reasons.append(f"The optimiser did not report convergence: {fit.convergence}")
-    widened = (mean_limit > mean_tolerance) | (sd_limit > np.log1p(sd_tolerance))
-    if widened.any():
-        reasons.append(
-            f"The reference's Monte Carlo error sets the limits of {widened.sum()} of {len(names)} "
-            f"scalars, up to {mean_limit.max():.3f} sd for a mean and "
-            f"{100 * np.expm1(sd_limit.max()):.1f} % for an sd; a longer reference sharpens them."
-        )
-    if not reference.near_gaussian:
-        i = int(np.argmax(np.maximum(np.abs(reference.skewness) / 0.25,
-                                     np.abs(reference.excess_kurtosis) / 0.35)))  # fmt: skip
-        reasons.append(
-            "The posterior is not near-Gaussian "
-            f"({names[i]}: skewness {reference.skewness[i]:.2f}, "
-            f"excess kurtosis {reference.excess_kurtosis[i]:.2f}), so no Gaussian guide fits it "
-            "exactly"
-            + (", and the expected mean-field sd ratios are approximate." if mean_field else ".")
-        )
-    if fit.guide_family == "mean-field" and reference.covariance is None:
-        reasons.append(
-            "The reference has no covariance, so the sds of this mean-field fit are held against "
-            "the reference's own."
-        )
+    reasons += caveats(means, sds, reference)
 
-    if refused or not mean_ok.all() or bug:
+    if refused or not means.ok.all() or sds.impossible:
         verdict = DO_NOT_TRUST
-    elif sd_ok.all() and as_it_is.all() and correlations_ok and fit.guide_family != "point":
+    elif (sds.ok & sds.equal).all() and correlations_ok and fit.guide_family != "point":
         verdict = TRUST
     else:
         verdict = MEANS_ONLY
@@ -277,56 +198,171 @@ def compare(
         reasons=reasons,
         ok=bool(not refused and table["ok"].all() and correlations_ok),
         reference=reference,
-        family=fit.guide_family,
+        guide_family=fit.guide_family,
         quantiles={k: np.quantile(z, p, axis=0) for k, p in LEVELS.items()},
         mean_tolerance=mean_tolerance,
         sd_tolerance=sd_tolerance,
     )
 
 
-def _expected_sd_ratio(family: str | None, reference: Reference) -> np.ndarray:
-    """The sd ratio that the best member of the family has, (d,)."""
-    if family == "point":
-        return np.zeros(len(reference.names))
-    ratio = reference.mean_field_sd_ratio if family == "mean-field" else None
-    return np.ones(len(reference.names)) if ratio is None else ratio
+def plot_comparisons(
+    comparisons: Mapping[str, Comparison],
+    standardise: bool | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draw several fits against one reference: intervals on the left, sd ratios on the right.
 
+    Grey bars are the reference's 90 % and 50 % intervals; coloured lines are those of the fits,
+    with a dot at the mean. On the right, a filled dot is the sd ratio that was found and an open
+    diamond the one that theory expects of the guide's family; the band is the tolerance around 1.
 
-def _correlations(
-    z: np.ndarray,
-    varies: np.ndarray,
-    reference: Reference,
-    family: str | None,
-    tolerance: float,
-    num_draws: int,
-) -> tuple[bool, str]:
-    """Whether the correlations are right (as far as the family has any), and a sentence on them."""
-    names = reference.names
-    theirs = reference.covariance / np.outer(reference.sd, reference.sd)
-    if family in ("mean-field", "point"):
-        gap = np.abs(np.triu(theirs, 1))
-        i, j = np.unravel_index(int(np.argmax(gap)), gap.shape)
-        if gap[i, j] <= tolerance:
-            return True, ""
-        return True, (
-            f"Correlations are absent by construction; the reference's largest is "
-            f"{theirs[i, j]:+.2f} ({names[i]}, {names[j]})."
+    Args:
+        comparisons: label -> comparison, all with the same reference.
+        standardise: whether to show (value - reference mean) / reference sd; None does so if the
+            scalars' scales are too different to share an axis.
+        title: title of the figure.
+
+    Raises:
+        ValueError: there is no comparison, or the references are not the same.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, vi_toolkit as vi
+        >>> from pyro.infer.autoguide import AutoDelta, AutoNormal
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(1.0, 2.0))
+        >>> exact = vi.Reference.exact(["z"], mean=[1.0], covariance=[[4.0]])
+        >>> guides = {"mean field": AutoNormal, "MAP": AutoDelta}
+        >>> fits = {k: vi.fit(model, guide, {}, progress=False) for k, guide in guides.items()}
+        >>> figure = plot_comparisons({k: vi.compare(fit, exact) for k, fit in fits.items()})
+        >>> [axes.get_title(loc="left") for axes in figure.axes]
+        ['Posterior intervals', 'Width']
+    """
+    if not comparisons:
+        raise ValueError("nothing to plot: comparisons is empty")
+    first = next(iter(comparisons.values()))
+    reference = first.reference
+    for label, comparison in comparisons.items():
+        other = comparison.reference
+        if other.names != reference.names or not np.array_equal(other.mean, reference.mean):
+            raise ValueError(f"{label} was compared with another reference")
+    rows = _rows(comparisons)
+    count = len(comparisons)
+    pitch = 0.17 + 0.11 * count  # inches per scalar
+    if len(rows) > 30:
+        pitch = 0.13 + 0.075 * count
+    height = pitch * len(rows) + 1.15 + 0.17 * count
+    y = np.arange(len(rows))
+    offsets = (np.arange(count) - (count - 1) / 2) * 0.72 / max(count, 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, max(height, 2.3)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.3, 1))
+        _draw_intervals(left, comparisons, rows, offsets, standardise, min(10, 45 * pitch))
+        _draw_sd_ratios(right, comparisons, rows, offsets)
+        left.set_yticks(y, [reference.names[i] for i in rows])
+        left.set_ylim(len(rows) - 0.4, -0.6)
+        for axes in (left, right):
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+            axes.grid(axis="x", color=PALE, lw=0.7)
+            axes.set_axisbelow(True)
+        right.tick_params(axis="y", labelleft=False)
+        sampler = {"nuts": "NUTS"}.get(reference.kind, reference.kind)
+        handles = [
+            (Patch(color=REFERENCE_CORE), f"reference ({sampler}): 50 % and 90 % intervals"),
+            *(
+                (Line2D([], [], color=COLOURS[k % len(COLOURS)], marker="o", ms=4, lw=1.6),
+                 f"{label}: {comparison.verdict}")
+                for k, (label, comparison) in enumerate(comparisons.items())
+            ),
+            (Line2D([], [], color=INK, marker="D", mfc="none", ms=5.5, lw=0),
+             "sd ratio that theory expects of the family"),
+        ]  # fmt: skip
+        if len(rows) < len(reference.names):
+            note = f"the {len(rows)} of {len(reference.names)} scalars with the largest errors"
+            title = f"{title}: {note}" if title else note.capitalize()
+        figure.legend(
+            *zip(*handles, strict=True),
+            loc="outside upper left",
+            alignment="left",
+            frameon=False,
+            fontsize=8.5,
+            ncols=2,
+            title=title,
+            title_fontsize=11,
         )
-    ours = np.zeros_like(theirs)
-    ours[np.ix_(varies, varies)] = np.atleast_2d(np.corrcoef(z[:, varies], rowvar=False))
-    # A correlation is made of second moments, so its effective draws are those of the sds:
-    # sd_se / sd = (2 n)^(-1/2).
-    relative = 2 * (reference.sd_se / reference.sd) ** 2
-    variance = np.maximum.outer(relative, relative) + 1 / num_draws
-    limit = np.maximum(tolerance, STANDARD_ERRORS * (1 - theirs**2) * np.sqrt(variance))
-    gap = np.triu(np.abs(ours - theirs), 1) / limit
-    i, j = np.unravel_index(int(np.argmax(gap)), gap.shape)
-    if gap[i, j] <= 1:
-        return True, ""
-    return False, (
-        f"Correlations are off: that of {names[i]} and {names[j]} is {ours[i, j]:+.2f}, the "
-        f"reference's {theirs[i, j]:+.2f}."
-    )
+    return figure
+
+
+def _draw_intervals(
+    axes: Axes,
+    comparisons: Mapping[str, Comparison],
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    standardise: bool | None,
+    marker_size: float,
+) -> None:
+    """The left half of :func:`plot_comparisons`."""
+    reference = next(iter(comparisons.values())).reference
+    levels = {"5%": -1.645, "25%": -0.674, "75%": 0.674, "95%": 1.645}
+    # A reference without quantiles is drawn with those of the Normal that has its moments.
+    bars = reference.quantiles or {k: reference.mean + z * reference.sd for k, z in levels.items()}
+    if standardise is None:
+        widths = (bars["95%"] - bars["5%"])[rows]
+        span = bars["95%"][rows].max() - bars["5%"][rows].min()
+        standardise = bool(widths.max() > 12 * widths.min() or span > 30 * np.median(widths))
+
+    def shown(x: np.ndarray) -> np.ndarray:
+        return ((x - reference.mean) / reference.sd if standardise else x)[rows]
+
+    y = np.arange(len(rows))
+    for low, high, colour in (("5%", "95%", REFERENCE), ("25%", "75%", REFERENCE_CORE)):
+        start = shown(bars[low])
+        axes.barh(y, shown(bars[high]) - start, left=start, height=0.74, color=colour, lw=0)
+    axes.plot(shown(reference.mean), y, "|", color="white", ms=marker_size, mew=1.4)
+    for k, comparison in enumerate(comparisons.values()):
+        colour, at, q = COLOURS[k % len(COLOURS)], y + offsets[k], comparison.quantiles
+        axes.hlines(at, shown(q["5%"]), shown(q["95%"]), color=colour, lw=1.1)
+        axes.hlines(at, shown(q["25%"]), shown(q["75%"]), color=colour, lw=2.6)
+        mean = comparison.table["VI mean"].to_numpy()
+        axes.plot(shown(mean), at, "o", color=colour, ms=3.6, mec="white", mew=0.5)
+    axes.set_title("Posterior intervals")
+    axes.use_sticky_edges = False
+    axes.margins(x=0.03)
+    axes.set_xlabel("(value - reference mean) / reference sd" if standardise else "value")
+    if not standardise and axes.get_xlim()[0] < 0 < axes.get_xlim()[1]:
+        axes.axvline(0, color="#AAAAAA", lw=0.8, zorder=0.5)
+
+
+def _draw_sd_ratios(
+    axes: Axes, comparisons: Mapping[str, Comparison], rows: np.ndarray, offsets: np.ndarray
+) -> None:
+    """The right half of :func:`plot_comparisons`."""
+    tolerance = next(iter(comparisons.values())).sd_tolerance
+    axes.axvspan(1 / (1 + tolerance), 1 + tolerance, color=REFERENCE, lw=0, alpha=0.7)
+    axes.axvline(1, color="white", lw=1.2)
+    largest = 0.0
+    for k, comparison in enumerate(comparisons.values()):
+        colour, at = COLOURS[k % len(COLOURS)], np.arange(len(rows)) + offsets[k]
+        ratios = comparison.table[["expected sd ratio", "sd ratio"]].iloc[rows]
+        axes.plot(ratios["expected sd ratio"], at, "D", mfc="none", mec=colour, ms=6, mew=0.9)
+        axes.plot(ratios["sd ratio"], at, "o", color=colour, ms=3.6)
+        largest = max(largest, float(ratios.to_numpy().max()))
+    axes.set_title("Width")
+    axes.set_xlim(0, max(1.15, 1.08 * largest))
+    axes.set_xlabel("sd ratio, VI / reference")
+
+
+def _rows(comparisons: Mapping[str, Comparison]) -> np.ndarray:
+    """The scalars to draw: all of them, or the worst if there are too many to read."""
+    worst = np.zeros(len(next(iter(comparisons.values())).table))
+    for comparison in comparisons.values():
+        table = comparison.table
+        with np.errstate(divide="ignore"):
+            stretch = np.abs(np.log(table["sd ratio"].to_numpy())).clip(max=9)
+        worst = np.maximum(worst, np.maximum(np.abs(table["mean error"].to_numpy()), stretch))
+    if len(worst) <= MOST_SCALARS:
+        return np.arange(len(worst))
+    return np.sort(np.argsort(-worst)[:MOST_SCALARS])
 
 
 def _check_reference(reference: Any) -> None:
@@ -336,7 +372,7 @@ def _check_reference(reference: Any) -> None:
         "compare needs a vi.Reference to compare the fit with; it was given "
         f"{type(reference).__name__}. Make one by vi.Reference.nuts(model, data), of a posterior "
         "known in closed form by vi.Reference.exact(names, mean, covariance), or read one by "
-        "vi.Reference.load(path). Without any, vi.diagnose(fit) judges the fit by itself."
+        "vi.Reference.load(path). Without a reference, use vi.diagnose(fit)."
     )
 
 
@@ -361,11 +397,6 @@ def _check_names(fit: list[str], reference: list[str]) -> None:
 def _longest(a: list[str], b: list[str]) -> list[tuple[str, str]]:
     n = max(len(a), len(b))
     return list(zip(a + [""] * (n - len(a)), b + [""] * (n - len(b)), strict=True))
-
-
-def _count(bad: np.ndarray, noun: str) -> str:
-    n = int(bad.sum())
-    return f"{n} of {len(bad)} {noun}s {'is' if n == 1 else 'are'}"
 
 
 def _text(table: pd.DataFrame) -> str:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vi_toolkit.reference.reference import Reference
-    from vi_toolkit.result import Fit
+from typing import Any
 
 
 class VIError(Exception):
@@ -43,12 +39,12 @@ class NonFiniteError(VIError, FloatingPointError):
         site: str | None = None,
         index: tuple[int, ...] | None = None,
         step: int | None = None,
-        fit: Fit | None = None,
+        fit: object | None = None,
     ):
         self.site = site
         self.index = index
         self.step = step
-        self.fit = fit
+        self.fit: Any = fit
         super().__init__(message)
 
 
@@ -65,8 +61,8 @@ class InvalidReferenceError(VIError, ValueError):
             ``made["refused"]`` says why, and :func:`~vi_toolkit.compare` trusts nothing on it.
     """
 
-    def __init__(self, message: str, reference: Reference | None = None):
-        self.reference = reference
+    def __init__(self, message: str, reference: object | None = None):
+        self.reference: Any = reference
         super().__init__(message)
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import arviz as az
 import numpy as np
 import torch
 
+from vi_toolkit.fit_protocol import FitLike
 from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
 from vi_toolkit.programs.prototype import prototype
 from vi_toolkit.programs.sites import observed_sites
-
-if TYPE_CHECKING:
-    from vi_toolkit.result import Fit
 
 NOTE = (
     "Independent draws from a variational approximation, not a Markov chain: R-hat and effective "
@@ -24,7 +22,7 @@ NOTE = (
 
 
 def to_arviz(
-    fit: Fit,
+    fit: FitLike,
     num_draws: int = 1000,
     seed: int = 0,
     dims: Mapping[str, Sequence[str]] | None = None,
@@ -108,7 +106,7 @@ def _numpy(x: torch.Tensor) -> np.ndarray:
     return x.detach().cpu().numpy()
 
 
-def _attributes(fit: Fit, seed: int) -> dict[str, Any]:
+def _attributes(fit: FitLike, seed: int) -> dict[str, Any]:
     """What a reader of the file must know; numbers and text only, so that netCDF can hold them."""
     return {
         "inference_library": "vi_toolkit",

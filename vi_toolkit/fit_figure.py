@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 
 from vi_toolkit.figures import COLOURS, PALE, STYLE, Figure
+from vi_toolkit.fit_protocol import FitLike
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def plot_fit(fit: Any, num_draws: int = 4000, scalars: int = 12, seed: int = 0) -> Figure:
+def plot_fit(fit: FitLike, num_draws: int = 4000, scalars: int = 12, seed: int = 0) -> Figure:
     """The ELBO's history beside the marginal posteriors of the first scalars on their own scale.
 
     Args:
@@ -53,7 +54,7 @@ def _scalars(draws: Mapping[str, object]) -> dict[str, np.ndarray]:
     return out
 
 
-def _draw_elbo(axes: Axes, fit: Any) -> None:
+def _draw_elbo(axes: Axes, fit: FitLike) -> None:
     elbo = np.asarray(fit.elbo, dtype=float)
     steps = np.arange(1, len(elbo) + 1)
     noisy = len(elbo) >= 200

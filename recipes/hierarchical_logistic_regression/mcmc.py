@@ -15,13 +15,13 @@ from .guide import full_rank
 from .model import model
 
 
-def whitened_chains(joint, fit, chains, draws, warmup, seed, progress):
-    """Draws of NUTS in the coordinates of a full-rank fit: {site: (chains, draws, ...)}, a record.
+def whitened_chains(joint, fit, chains, num_draws, warmup, seed, progress):
+    """NUTS in coordinates whitened by a full-rank fit: draws, and a record of how they were made.
 
-    With u = mean + L v, mean and L L' those of the fit, the posterior of v is near a standard
-    Normal, whatever the scales and correlations of u, and NUTS needs few steps. A linear change of
-    variables leaves the posterior what it is; a poor fit costs time, not truth (Hoffman et al.,
-    "NeuTra-lizing Bad Geometry", 2019, with a linear map).
+    The draws are {site: (chains, num_draws, ...)}. With u = mean + L v, mean and L L' those of the
+    fit, the posterior of v is near a standard Normal, whatever the scales and correlations of u,
+    and NUTS needs few steps. A linear change of variables does not change the posterior, so a poor
+    fit costs time only (Hoffman et al., "NeuTra-lizing Bad Geometry", 2019, with a linear map).
     """
     u = joint.flatten(fit.sample(20_000, seed=seed)).double()
     mean, tril = u.mean(0), torch.linalg.cholesky(u.T.cov())
@@ -39,7 +39,7 @@ def whitened_chains(joint, fit, chains, draws, warmup, seed, progress):
             start = {"v": 2 * torch.randn(joint.dim, dtype=torch.float64)}
             kernel = NUTS(potential_fn=lambda z: compiled(z["v"]), target_accept_prob=0.9)
             sampler = MCMC(
-                kernel, draws, warmup, initial_params=start, disable_progbar=not progress
+                kernel, num_draws, warmup, initial_params=start, disable_progbar=not progress
             )
             sampler.run()
             collected.append(sampler.get_samples()["v"])
@@ -48,7 +48,7 @@ def whitened_chains(joint, fit, chains, draws, warmup, seed, progress):
     made = {
         "method": "NUTS, Pyro's, in coordinates whitened by a full-rank fit",
         "chains": chains,
-        "draws": draws,
+        "num_draws": num_draws,
         "warmup": warmup,
         "chain_seeds": seeds,
         "target_accept": 0.9,
@@ -56,19 +56,21 @@ def whitened_chains(joint, fit, chains, draws, warmup, seed, progress):
         "versions": {name: version(name) for name in ("pyro-ppl", "torch", "arviz", "numpy")},
     }
     flat = joint.unflatten((mean + v @ tril.T).flatten(0, 1))
-    return {name: value.unflatten(0, (chains, draws)) for name, value in flat.items()}, made
+    return {name: value.unflatten(0, (chains, num_draws)) for name, value in flat.items()}, made
 
 
-def reference(chains=4, draws=1500, warmup=300, seed=0, progress=True):
+def reference(chains=4, num_draws=1500, warmup=300, seed=0, progress=True):
     """vi.Reference of the training split; what `python -m recipes reference` writes to disk.
 
     The predictions for the test voters are kept beside the moments, as in logistic_regression.
     """
     data = load_data()
     fit = vi.fit(model, full_rank, data, seed=seed, progress=progress)
-    by_chain, made = whitened_chains(Joint(model, data), fit, chains, draws, warmup, seed, progress)
+    by_chain, made = whitened_chains(
+        Joint(model, data), fit, chains, num_draws, warmup, seed, progress
+    )
     flat = {name: value.flatten(0, 1) for name, value in by_chain.items()}
     logits = predictive_logits(flat, load_data("test"))
     made["test_predictive_logits"] = [float(f"{x:.6g}") for x in logits]
     made["command"] = "python -m recipes reference hierarchical_logistic_regression"
-    return vi.Reference.from_draws(Joint(model, data), by_chain, "nuts", made)
+    return vi.Reference.from_draws(Joint(model, data), by_chain, made)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributions import InverseGamma, MultivariateNormal
 
-from vi_toolkit.reference.reference import LEVELS, Reference
+from vi_toolkit.reference import LEVELS, Reference
 
 from .data import load_data
 from .model import A0, B0, PRIOR_SCALE

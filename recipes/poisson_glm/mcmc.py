@@ -63,8 +63,8 @@ def log_rates(draws, X, y, seed=0):
     return out
 
 
-def _chains(form, data, chains, draws, warmup, seed, progress):
-    """Draws by Pyro's NUTS, {site: (chains, draws, ...)}, and a record of how they were made.
+def _chains(form, data, chains, num_draws, warmup, seed, progress):
+    """Draws by Pyro's NUTS, {site: (chains, num_draws, ...)}, and a record of how they were made.
 
     full_mass, since coefficients of related predictors are correlated; jit_compile, since running
     the model's Python at every step would take most of the time.
@@ -75,14 +75,14 @@ def _chains(form, data, chains, draws, warmup, seed, progress):
         for chain_seed in seeds:
             torch.manual_seed(chain_seed)
             kernel = NUTS(form, full_mass=True, jit_compile=True, ignore_jit_warnings=True)
-            sampler = MCMC(kernel, draws, warmup, disable_progbar=not progress)
+            sampler = MCMC(kernel, num_draws, warmup, disable_progbar=not progress)
             sampler.run(**data)
             collected.append(sampler.get_samples())
             divergences += len(sampler.diagnostics()["divergences"]["chain 0"])
     made = {
         "method": "NUTS, Pyro's",
         "chains": chains,
-        "draws": draws,
+        "num_draws": num_draws,
         "warmup": warmup,
         "chain_seeds": seeds,
         "full_mass": True,
@@ -92,23 +92,23 @@ def _chains(form, data, chains, draws, warmup, seed, progress):
     return {name: torch.stack([c[name] for c in collected]) for name in collected[0]}, made
 
 
-def reference(chains=4, draws=1000, warmup=300, seed=0, progress=True):
+def reference(chains=4, num_draws=1000, warmup=300, seed=0, progress=True):
     """vi.Reference of `model` on all people; what `python -m recipes reference` writes to disk."""
     data = load_data()
-    by_chain, made = _chains(model, data, chains, draws, warmup, seed, progress)
+    by_chain, made = _chains(model, data, chains, num_draws, warmup, seed, progress)
     made["command"] = "python -m recipes reference poisson_glm"
-    return vi.Reference.from_draws(Joint(model, data), by_chain, "nuts", made)
+    return vi.Reference.from_draws(Joint(model, data), by_chain, made)
 
 
-def mixed_reference(chains=4, draws=1500, warmup=400, seed=0, progress=True):
+def mixed_reference(chains=4, num_draws=1500, warmup=400, seed=0, progress=True):
     """vi.Reference of `mixed` on the sample; what `python -m recipes.poisson_glm.mcmc` writes."""
     data = load_data("sample")
-    by_chain, made = _chains(marginal, data, chains, draws, warmup, seed, progress)
+    by_chain, made = _chains(marginal, data, chains, num_draws, warmup, seed, progress)
     flat = {name: value.flatten(0, 1) for name, value in by_chain.items()}
-    by_chain["log_rate"] = log_rates(flat, **data, seed=seed).unflatten(0, (chains, draws))
+    by_chain["log_rate"] = log_rates(flat, **data, seed=seed).unflatten(0, (chains, num_draws))
     made["method"] += ", of the globals with the log rates integrated out; these drawn given those"
     made["command"] = "python -m recipes.poisson_glm.mcmc"
-    return vi.Reference.from_draws(Joint(mixed, data), by_chain, "nuts", made)
+    return vi.Reference.from_draws(Joint(mixed, data), by_chain, made)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pyro.poutine as poutine
 import torch
 
 import vi_toolkit as vi
-from vi_toolkit.reference.nuts import nuts_draws
+from vi_toolkit.reference import nuts_draws
 
 from .data import load_data, simulate
 from .evaluate import choice_probabilities
@@ -23,13 +23,13 @@ EMBEDDED = Path(__file__).with_name("embedded_reference.json")
 CASES = 40
 
 
-def reference(chains=4, draws=2000, warmup=500, seed=0, progress=True):
+def reference(chains=4, num_draws=2000, warmup=500, seed=0, progress=True):
     """vi.Reference of `load_data()`; what `python -m recipes reference shopper` writes to disk."""
     return vi.Reference.nuts(
         model,
         load_data(),
         chains=chains,
-        num_draws=draws,
+        num_draws=num_draws,
         warmup=warmup,
         seed=seed,
         progress=progress,
@@ -93,11 +93,11 @@ def summary(draws, data, new):
     return out
 
 
-def embedded_reference(chains=4, draws=300, warmup=200, seed=0, progress=True):
+def embedded_reference(chains=4, num_draws=300, warmup=200, seed=0, progress=True):
     """NUTS on `embedded_problem()`; writes embedded_reference.json."""
     data, new = embedded_problem()
     by_chain, made = nuts_draws(
-        model, data, chains, draws, warmup, seed, progress, full_mass=True, compile=True
+        model, data, chains, num_draws, warmup, seed, progress, full_mass=True, compile=True
     )
     flat = {name: value.flatten(0, 1) for name, value in by_chain.items()}
     out = summary(flat, data, new)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vi_toolkit.programs.isolation import seeded_state
-from vi_toolkit.reference.reference import MAX_R_HAT, admission_faults, each_scalar
+from vi_toolkit.reference.draws import MAX_R_HAT, admission_faults, each_scalar
 
 if TYPE_CHECKING:
     from vi_toolkit.figures import Figure

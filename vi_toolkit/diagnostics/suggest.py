@@ -15,8 +15,8 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariate
 from pyro.infer.inspect import get_dependencies
 from pyro.infer.reparam import LocScaleReparam
 
+from vi_toolkit.agreement import STANDARD_ERRORS
 from vi_toolkit.choice import MOST_LATENTS
-from vi_toolkit.comparison import STANDARD_ERRORS
 from vi_toolkit.diagnostics.pareto import psis
 from vi_toolkit.errors import ConvergenceWarning, VIError
 from vi_toolkit.fitting import fit as refit

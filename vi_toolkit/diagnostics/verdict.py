@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vi_toolkit.comparison import DO_NOT_TRUST, MEANS_ONLY, STANDARD_ERRORS, TRUST
+from vi_toolkit.agreement import DO_NOT_TRUST, MEANS_ONLY, STANDARD_ERRORS, TRUST
 from vi_toolkit.diagnostics.bounds import ErrorBounds, bounds_of
 from vi_toolkit.diagnostics.chains import WarmChains, warm_chains
 from vi_toolkit.diagnostics.convergence import Convergence, convergence

@@ -64,7 +64,10 @@ def find_jump(joint: Joint, draws: torch.Tensor) -> Jump | None:
         middle = (low + high) / 2
         at_middle = joint.log_densities(middle)
         left = (at_middle - at_low).abs() >= (at_high - at_middle).abs()
-        low, high = torch.where(left[:, None], low, middle), torch.where(left[:, None], middle, high)
+        low, high = (
+            torch.where(left[:, None], low, middle),
+            torch.where(left[:, None], middle, high),
+        )
         at_low, at_high = (
             torch.where(left, at_low, at_middle),
             torch.where(left, at_middle, at_high),
@@ -77,7 +80,9 @@ def find_jump(joint: Joint, draws: torch.Tensor) -> Jump | None:
         return None
     k = int(change.abs().argmax())
     site = _moving_site(joint, low[k], high[k])
-    below, above = (joint.unflatten(u[None])[site][0].double().reshape(-1) for u in (low[k], high[k]))
+    below, above = (
+        joint.unflatten(u[None])[site][0].double().reshape(-1) for u in (low[k], high[k])
+    )
     part = joint.sites[site].slice
     entry = int((high[k, part] - low[k, part]).abs().argmax()) if part.stop > part.start else 0
     entry = entry if entry < len(below) else 0

@@ -1,8 +1,8 @@
-"""Pyro's NUTS on a compiled log density: the draws behind a reference posterior.
+"""Draws from a posterior by Pyro's NUTS on a compiled log density.
 
-A leapfrog step of Pyro's NUTS spends its time in effect handlers. Here the log density and its
-gradient are recorded once and compiled (:mod:`vi_toolkit.compiled.density`), and NUTS itself,
-adaptation included, is Pyro's.
+Most of the time of a leapfrog step in Pyro goes into effect handlers. Here the log density and its
+gradient are compiled once (:mod:`vi_toolkit.compiled.density`); NUTS itself and its adaptation are
+Pyro's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from vi_toolkit.errors import InvalidReferenceError
 from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
 from vi_toolkit.programs.joint import Joint
 from vi_toolkit.programs.prototype import ATTEMPTS
+from vi_toolkit.reference.data import checked
+from vi_toolkit.reference.summary import versions
 
-LONG_RUN = 4_000  # transitions from which compiling pays
+LONG_RUN = 4_000  # transitions from which compiling saves time
 
 
 def nuts_draws(
@@ -37,31 +39,41 @@ def nuts_draws(
     target_accept: float = 0.8,
     compile: str | bool = "auto",
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Draws from a posterior by Pyro's NUTS, in float64.
+    """Draws from a posterior by Pyro's NUTS, in float64, and a record of how they were made.
+
+    :meth:`vi_toolkit.Reference.nuts` summarises such draws; call this function if you need the
+    draws themselves. They are returned whether or not the chains have converged.
 
     The chains run one after the other, each from its own seed and its own start, uniform on
-    (-2, 2) on the unconstrained scale. The caller's random state and parameter store are left as
-    they were.
+    (-2, 2) on the unconstrained scale. The caller's random state and parameter store do not
+    change.
 
     Args:
         model: Pyro model without discrete latents.
-        data: its keyword arguments, floating tensors in float64.
-        chains, num_draws, warmup: numbers per run and per chain.
-        seed: the chains' seeds are derived from it.
-        progress: show Pyro's progress bar for each chain.
-        full_mass: adapt a dense mass matrix.
-        target_accept: NUTS' target acceptance probability.
-        compile: whether to compile the log density: ``True`` insists, ``False`` never does,
-            ``"auto"`` does from 4,000 transitions in all and goes on eagerly, with a warning,
-            where it cannot. Rounding differs, so the chains are other chains of the same
-            posterior.
+        data: its keyword arguments, checked as :func:`~vi_toolkit.fit` checks them; floating
+            tensors are converted to float64.
+        chains: number of chains.
+        num_draws: number of draws per chain; at least 4.
+        warmup: number of warm-up transitions per chain, which are discarded.
+        seed: seed from which each chain's seed is derived.
+        progress: whether to show Pyro's progress bar for each chain.
+        full_mass: whether to adapt a dense mass matrix; it pays off if the posterior is strongly
+            correlated.
+        target_accept: target acceptance probability of NUTS; raise it against divergences.
+        compile: whether to compile the log density. ``True`` insists, ``False`` never compiles,
+            and ``"auto"`` compiles if there are at least 4,000 transitions in all, and warns and
+            continues without if the density cannot be compiled. Compiled and eager chains differ
+            because their rounding differs, but have the same distribution.
 
     Returns:
-        (site -> (chains, draws, *shape), facts for :attr:`Reference.made`).
+        The draws, site -> (chains, num_draws, *site shape), on the model's own scale; and the
+        record, which is the ``made`` that :meth:`vi_toolkit.Reference.from_draws` takes: method,
+        settings, seeds, number of divergent transitions, versions.
 
     Raises:
-        CompileError: ``compile=True``, and it cannot be compiled.
-        InvalidReferenceError: fewer than 4 draws are asked for, or no start with a finite density was
+        PreflightError: the data cannot be passed to the model, or the model raises on them.
+        CompileError: ``compile=True``, and the log density cannot be compiled.
+        InvalidReferenceError: ``num_draws`` is below 4, or no start with a finite density was
             found.
 
     References:
@@ -72,13 +84,14 @@ def nuts_draws(
         >>> def model(y):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
         ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> y = torch.tensor(1.0, dtype=torch.float64)
+        >>> y = torch.tensor(1.0)
         >>> draws, made = nuts_draws(model, {"y": y}, 2, 10, 10, progress=False)
         >>> draws["mu"].shape, made["compiled"]
         (torch.Size([2, 10]), False)
     """
     if num_draws < 4:
         raise InvalidReferenceError("the diagnostics of a chain need at least 4 draws")
+    data = checked(model, data)
     with isolated_pyro_state(rng_state=seeded_state(seed), dtype=torch.float64):
         joint = Joint(model, data)
         density = None
@@ -92,10 +105,10 @@ def nuts_draws(
     for chain_seed in seeds:
         with isolated_pyro_state(rng_state=seeded_state(chain_seed), dtype=torch.float64):
             if density is None:
-                # Only enumeration needs the nesting, and Pyro's own guess draws from the prior,
-                # which an improper prior does not allow.
+                # Pyro would find the plates' nesting by a draw from the prior, which an improper
+                # prior does not allow. Only enumeration needs the nesting.
                 kernel = NUTS(model, init_strategy=_uniform_start, max_plate_nesting=0, **options)
-                arguments, start = dict(data), None
+                arguments, start = data, None
             else:
                 kernel = NUTS(potential_fn=_potential(density), **options)
                 arguments, start = {}, {"u": _start(joint)}
@@ -109,7 +122,7 @@ def nuts_draws(
     made = {
         "method": "NUTS, Pyro's",
         "chains": chains,
-        "draws": num_draws,
+        "num_draws": num_draws,
         "warmup": warmup,
         "seed": seed,
         "chain_seeds": seeds,
@@ -117,6 +130,7 @@ def nuts_draws(
         "target_accept": target_accept,
         "compiled": density is not None,
         "divergences": diverged,
+        "versions": versions("pyro-ppl", "torch", "arviz", "numpy"),
     }
     return {s: torch.stack([c[s] for c in collected]) for s in joint.sites}, made
 
@@ -129,7 +143,7 @@ def _potential(density: CompiledDensity) -> Callable[[dict[str, torch.Tensor]], 
 
 
 class _MinusDensity(torch.autograd.Function):
-    """Minus a log density whose gradient comes with its value."""
+    """Minus a log density, for a density that returns its gradient together with its value."""
 
     @staticmethod
     def forward(ctx: Any, u: torch.Tensor, density: CompiledDensity) -> torch.Tensor:
@@ -143,7 +157,7 @@ class _MinusDensity(torch.autograd.Function):
 
 
 def _start(joint: Joint) -> torch.Tensor:
-    """A point uniform on (-2, 2) in every coordinate with a finite density, as Stan's."""
+    """A point uniform on (-2, 2) in every coordinate, as in Stan, with a finite density."""
     for _ in range(ATTEMPTS):
         u = 4 * torch.rand(joint.dim) - 2
         gradient, value = joint.gradients(u[None])
@@ -151,12 +165,14 @@ def _start(joint: Joint) -> torch.Tensor:
             return u
     raise InvalidReferenceError(
         f"none of {ATTEMPTS} starts, uniform on (-2, 2) on the unconstrained scale, has a finite "
-        "density: rescale the data, or write the model so that such values are possible"
+        "density: rescale the data, or change the model so that such values are possible"
     )
 
 
 def _uniform_start(site: dict[str, Any]) -> torch.Tensor:
-    """The same by Pyro's means, whose ``init_to_uniform`` draws from the prior first, which an
-    improper one does not allow."""
+    """A start as in :func:`_start`, as an initialiser of Pyro's NUTS.
+
+    Pyro's ``init_to_uniform`` draws from the prior first, which an improper prior does not allow.
+    """
     transform = biject_to(site["fn"].support)
     return transform(4 * torch.rand(transform.inverse_shape(site["fn"].shape())) - 2)
