@@ -13,7 +13,7 @@ from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoGuide
 from pyro.optim import PyroOptim
 
-from vi_toolkit.choice import choose
+from vi_toolkit.choice import Choice, choose
 from vi_toolkit.deterministic.run import DeterministicRun
 from vi_toolkit.errors import ConvergenceWarning, NonFiniteError, PreflightError
 from vi_toolkit.estimators import LeaveOneOut, Reparam, Score
@@ -109,7 +109,8 @@ def fit(
         CompileError: ``compile=True``, and compilation fails.
 
     Warns:
-        ConvergenceWarning: the fit stopped before it converged, although ``steps`` is None.
+        ConvergenceWarning: the fit stopped before it converged, although ``steps`` is None; or the
+            log density jumps, which reparameterised gradients do not see.
         CompileWarning: ``compile="auto"`` fell back to eager steps.
 
     Example:
@@ -162,6 +163,7 @@ def fit(
             remedy='Give the guide\'s distributions parameters: loc = pyro.param("loc", ...).',
         )
     choice = choose(workspace, method, stochastic_only)
+    seeds = [seed + SEED_STEP * k for k in range(restarts)]
 
     def finish(run: Run, interrupted: bool) -> Fit:
         found = Fit(run.workspace, run, choice.why, seed, progress)
@@ -171,28 +173,34 @@ def fit(
     def failed(run: Run, error: NonFiniteError) -> None:
         error.fit = finish(run, False)
 
-    seeds = [seed + SEED_STEP * k for k in range(restarts)]
+    def stochastic(workspace: Workspace, estimator: ELBO) -> tuple[Sequence[Run], bool]:
+        rate = DEFAULT_RATE if optimizer is None else optimizer
+        settings = Settings(estimator, rate, schedule, average, compile)
+        return run_restarts(workspace, settings, steps, seeds, callback, progress, failed)
+
     runs: Sequence[Run]
     if choice.method == "deterministic":
         runs, interrupted = _run_deterministic(workspace, seeds, compile, callback, progress)
     else:
         if workspace.dtype != workspace.given_dtype:  # the other method was tried first
             workspace = checked(double=False)
-        settings = Settings(
-            _default_estimator(workspace) if estimator is None else estimator,
-            DEFAULT_RATE if optimizer is None else optimizer,
-            schedule,
-            average,
-            compile,
+        chosen = _default_estimator(workspace) if estimator is None else estimator
+        runs, interrupted = stochastic(workspace, chosen)
+    jumps = runs[0].jumps
+    if jumps and method != "deterministic" and estimator is None and not interrupted:
+        sites = [jump.site for jump in jumps]
+        choice = Choice(
+            "stochastic",
+            f"the log density jumps in {' and '.join(map(repr, sites))}, where the score function "
+            "is used",
         )
-        runs, interrupted = run_restarts(
-            workspace, settings, steps, seeds, callback, progress, failed
-        )
+        score = Score(8, LeaveOneOut(), sites=sites)
+        runs, interrupted = stochastic(checked(double=False), score)
     elbos = [_final_elbo(run, seed, interrupted) for run in runs] if len(runs) > 1 else []
     best = runs[int(np.argmax(np.nan_to_num(elbos, nan=-np.inf)))] if elbos else runs[0]
     result = finish(best, interrupted)
     result.restarts = elbos
-    if interrupted or (not result.converged and steps is None):
+    if interrupted or result.run.jumps or (not result.converged and steps is None):
         warnings.warn(result.convergence, ConvergenceWarning, stacklevel=2)
     return result
 

@@ -32,6 +32,7 @@ from vi_toolkit.deterministic.starts import family_starter, first_problem, warm_
 from vi_toolkit.errors import NonFiniteError
 from vi_toolkit.look import Callback, Look
 from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.programs.jumps import Jump, jumps_of
 from vi_toolkit.programs.leaves import unflat
 from vi_toolkit.programs.nonfinite import first_non_finite
 from vi_toolkit.programs.prototype import prototype
@@ -55,6 +56,7 @@ class DeterministicRun:
     def __init__(self, workspace: Workspace, seed: int, compile: str | bool = "auto"):
         self.workspace, self.seed, self.compile = workspace, seed, compile
         self.progress: Progress | None = None
+        self.jumps: list[Jump] = []
 
     def start(self, description: str, show: bool, callback: Callback | None) -> bool:
         """Look for modes, then solve until converged; returns whether Ctrl-C ended it."""
@@ -82,8 +84,10 @@ class DeterministicRun:
 
         def checkpoint(progress: Progress) -> bool:
             self.write_solution()
+            if progress.rounds == 1:
+                self.jumps = jumps_of(workspace, self.seed)
             look = Look(self.method, progress.rounds, progress.elbo[-1:], progress.error)
-            return bool(callback and callback(look))
+            return bool(callback and callback(look)) or bool(self.jumps)
 
         try:
             joint = workspace.joint
@@ -176,8 +180,8 @@ class DeterministicRun:
 
     @property
     def converged(self) -> bool:
-        """Whether gradient and Monte Carlo error are below their tolerances."""
-        return self.progress is not None and self.progress.converged
+        """Whether gradient and Monte Carlo error are small, and the density does not jump."""
+        return self.progress is not None and self.progress.converged and not self.jumps
 
     @property
     def error(self) -> float:
@@ -190,6 +194,8 @@ class DeterministicRun:
         p = self.progress
         if p is None or p.rounds == 0:
             return "Nothing was optimised yet."
+        if self.jumps:
+            return str(self.jumps[0])
         if self.converged:
             return (
                 f"converged with {p.num_draws} draws: Monte Carlo error {p.error:.4f} sd, largest "
@@ -217,6 +223,7 @@ class DeterministicRun:
             "error": progress.error,
             "gradient": progress.gradient,
             "elbo": torch.tensor(progress.elbo, dtype=torch.float64),
+            "jumps": [dict(vars(jump)) for jump in self.jumps],
         }
         problem = progress.problem
         if isinstance(problem, FamilyProblem):
@@ -253,3 +260,4 @@ class DeterministicRun:
             state["gradient"],
             state["elbo"].tolist(),
         )
+        self.jumps = [Jump(**jump) for jump in state["jumps"]]

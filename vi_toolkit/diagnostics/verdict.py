@@ -92,7 +92,7 @@ class Diagnosis:
             out["pareto_k"] = {
                 key: getattr(self.pareto_k, key)
                 for key in (
-                    "k", "standard_error", "effective_fraction", "sd_log_weight", "unseen", "draws"
+                    "k", "k_se", "effective_fraction", "sd_log_weight", "unseen", "draws"
                 )
             }  # fmt: skip
         if self.moments is not None:

@@ -1,4 +1,4 @@
-"""Jumps of a log density, which gradients along a path do not see."""
+"""Jumps of a model's log density, which gradients along the guide's draws do not see."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vi_toolkit.programs.guide_draws import guide_draws
+from vi_toolkit.programs.isolation import seeded_state
 from vi_toolkit.programs.joint import Joint
+from vi_toolkit.programs.workspace import Workspace
 
 PAIRS = 128  # of draws, between which jumps are looked for
 LEAST_PAIRS = 16
@@ -21,78 +24,75 @@ class Jump:
 
     Attributes:
         site: the latent that moves across it.
-        low, high: its value just before and just after, the entry that moves most.
-        nats: by how much the log density changes there.
-        share: of the pairs of draws, how many have a jump between them.
+        at: its value there (of the entry that moves most).
+        nats: by how much the log density changes.
     """
 
     site: str
-    low: float
-    high: float
+    at: float
     nats: float
-    share: float
 
     def __str__(self) -> str:
-        at = f"{(self.low + self.high) / 2:.4g}"
         return (
             f"The model's log density jumps by {abs(self.nats):.3g} nats where {self.site!r} passes "
-            f"{at}. Gradients along the guide's draws do not see jumps, so that fits with them are "
-            f"wrong. Sum over {self.site!r} (write the sum into the likelihood, or make the latent "
-            f"discrete and use vi.Enumerate()), or use estimator=vi.Score(8, vi.LeaveOneOut(), "
-            f"sites=[{self.site!r}])."
+            f"{self.at:.4g}, and reparameterised gradients do not see jumps: a fit by them is "
+            f"wrong. Sum over {self.site!r}, or use "
+            f"estimator=vi.Score(8, vi.LeaveOneOut(), sites=[{self.site!r}])."
         )
 
 
-def find_jump(joint: Joint, draws: torch.Tensor) -> Jump | None:
-    """The largest jump between pairs of draws, or None if the log density is continuous there.
+def jumps_of(workspace: Workspace, seed: int) -> list[Jump]:
+    """The largest jump in each site, between draws of the guide; the largest first.
 
-    Each segment between two draws is halved again and again, and the half with the larger change
-    is kept. Across a continuous density, however steep, the change goes to zero with the length
-    of the interval; across a jump it stays.
-
-    Args:
-        joint: the log density.
-        draws: (S, d), unconstrained points where the density matters: draws from the guide.
+    Empty where the density is continuous, and where it cannot be looked at: latents are discrete
+    or summed out, or there are too many data to look at them again.
     """
-    work = max(joint.observations, 1) * 2 * HALVINGS
+    if workspace.summed_out:
+        return []
+    try:
+        joint = workspace.joint
+        draws = guide_draws(workspace, 2 * PAIRS, seed)
+        with workspace.isolated(seeded_state(seed)), torch.no_grad():
+            points = joint.flatten({name: draws[name] for name in joint.sites})
+            return find_jumps(joint, points.to(joint.start.dtype))
+    except (KeyError, NotImplementedError):  # no density of continuous latents alone
+        return []
+
+
+def find_jumps(joint: Joint, draws: torch.Tensor) -> list[Jump]:
+    """The largest jump in each site between pairs of these points (S, d), the largest first.
+
+    Each segment between two points is halved again and again, and the half with the larger change
+    of the log density is kept. If the density is continuous, however steep, the change goes to
+    zero with the length of the interval; at a jump it stays.
+    """
+    work = max(joint.observations, 1) * HALVINGS
     pairs = min(PAIRS, len(draws) // 2, int(MOST_WORK // work))
-    if pairs < LEAST_PAIRS:
-        return None
+    if pairs < LEAST_PAIRS or not joint.dim:
+        return []
     low, high = draws[:pairs].clone(), draws[pairs : 2 * pairs].clone()
     at_low, at_high = joint.log_densities(low), joint.log_densities(high)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         at_middle = joint.log_densities(middle)
         left = (at_middle - at_low).abs() >= (at_high - at_middle).abs()
-        low, high = (
-            torch.where(left[:, None], low, middle),
-            torch.where(left[:, None], middle, high),
-        )
+        low = torch.where(left[:, None], low, middle)
+        high = torch.where(left[:, None], middle, high)
         at_low, at_high = (
             torch.where(left, at_low, at_middle),
             torch.where(left, at_middle, at_high),
         )
-    change = (at_high - at_low).nan_to_num(0, 0, 0)
-    # What rounding leaves of a continuous density grows with its size.
-    floor = LEAST_JUMP + 1e3 * torch.finfo(change.dtype).eps * at_low.abs().nan_to_num(0, 0, 0)
-    jumps = change.abs() > floor
-    if not bool(jumps.any()):
-        return None
-    k = int(change.abs().argmax())
-    site = _moving_site(joint, low[k], high[k])
-    below, above = (
-        joint.unflatten(u[None])[site][0].double().reshape(-1) for u in (low[k], high[k])
-    )
-    part = joint.sites[site].slice
-    entry = int((high[k, part] - low[k, part]).abs().argmax()) if part.stop > part.start else 0
-    entry = entry if entry < len(below) else 0
-    return Jump(
-        site,
-        float(below[entry]),
-        float(above[entry]),
-        float(change[k]),
-        float(jumps.double().mean()),
-    )
+    change = at_high - at_low
+    # What rounding leaves of a continuous density grows with the number of its terms.
+    floor = LEAST_JUMP + 1e3 * torch.finfo(change.dtype).eps * at_low.abs()
+    found: dict[str, Jump] = {}
+    for k in (change.abs() > floor).nonzero().flatten().tolist():  # not so where it is not finite
+        if not torch.isfinite(change[k]):
+            continue
+        name = _moving_site(joint, low[k], high[k])
+        if name not in found or abs(found[name].nats) < abs(float(change[k])):
+            found[name] = Jump(name, _where(joint, name, low[k], high[k]), float(change[k]))
+    return sorted(found.values(), key=lambda jump: -abs(jump.nats))
 
 
 def _moving_site(joint: Joint, low: torch.Tensor, high: torch.Tensor) -> str:
@@ -103,3 +103,10 @@ def _moving_site(joint: Joint, low: torch.Tensor, high: torch.Tensor) -> str:
         row[joint.sites[name].slice] = high[joint.sites[name].slice]
     change = (joint.log_densities(points) - joint.log_densities(low[None])).abs()
     return names[int(change.nan_to_num(0, 0, 0).argmax())]
+
+
+def _where(joint: Joint, name: str, low: torch.Tensor, high: torch.Tensor) -> float:
+    """The site's value, on the model's scale, in the entry that moves most."""
+    below, above = (joint.unflatten(u[None])[name].double().reshape(-1) for u in (low, high))
+    entry = int((above - below).abs().argmax())
+    return float(below[entry] + above[entry]) / 2

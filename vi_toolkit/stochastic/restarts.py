@@ -57,6 +57,7 @@ def run_restarts(
         try:
             if run.start(steps, description, show, callback):
                 return runs, True
+            run.look_for_jumps()
         except NonFiniteError as error:
             failed(run, error)
             raise
@@ -121,4 +122,6 @@ def _at_once(
                 run.report_average()
         if error is not None:
             failed(runs[last], error)
+    if not interrupted:
+        runs[0].look_for_jumps()
     return runs, interrupted

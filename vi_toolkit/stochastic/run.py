@@ -12,9 +12,11 @@ import torch
 from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
+from vi_toolkit.estimators import PathDerivative, Reparam
 from vi_toolkit.estimators.description import describe, make
 from vi_toolkit.look import Callback, Look
 from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.programs.jumps import Jump, jumps_of
 from vi_toolkit.programs.leaves import flat, unflat
 from vi_toolkit.programs.minibatch_plan import minibatch_plan
 from vi_toolkit.programs.workspace import Workspace
@@ -68,6 +70,7 @@ class StochasticRun:
                 settings.compile,
             )
         self.iterate = torch.empty(0)  # where the last step ended, which is not the average
+        self.jumps: list[Jump] = []
 
     def start(
         self, steps: int | None, description: str, show: bool, callback: Callback | None
@@ -127,6 +130,11 @@ class StochasticRun:
         unflat(self.stages.result(), self.stages.leaves)
         self.workspace.snapshot_params()
 
+    def look_for_jumps(self) -> None:
+        """See whether the gradients missed jumps of the density, where they cannot see them."""
+        if isinstance(self.settings.estimator, Reparam | PathDerivative):
+            self.jumps = jumps_of(self.workspace, self.seed)
+
     # ---------------------------------------------------------------- what it found
 
     @property
@@ -144,8 +152,8 @@ class StochasticRun:
 
     @property
     def converged(self) -> bool:
-        """Whether the Monte Carlo error is below its tolerance."""
-        return self.stages.converged
+        """Whether the Monte Carlo error is small, and no gradient missed a jump of the density."""
+        return self.stages.converged and not self.jumps
 
     @property
     def error(self) -> float:
@@ -156,6 +164,8 @@ class StochasticRun:
     def convergence(self) -> str:
         """How close this is to the optimum, in one sentence."""
         stages = self.stages
+        if self.jumps:
+            return str(self.jumps[0])
         if self.converged:
             return f"converged after {stages.step} steps: Monte Carlo error {stages.error:.3f} sd"
         known = f"{stages.error:.3f}" if math.isfinite(stages.error) else "not known"
@@ -177,6 +187,7 @@ class StochasticRun:
             "subsample": self.workspace.subsample,
             "average": self.settings.average,
             "compile": self.settings.compile,
+            "jumps": [dict(vars(jump)) for jump in self.jumps],
         }
 
     @classmethod
@@ -219,4 +230,5 @@ class StochasticRun:
             run.stages.restore(running)  # leaves the iterate in the parameters
         workspace.load_params(reported)
         run.iterate = running["iterate"]
+        run.jumps = [Jump(**jump) for jump in state["jumps"]]
         return run
