@@ -1,7 +1,6 @@
 """The comparison passes right fits, fires on wrong ones, and says what theory expects."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -11,28 +10,9 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
+from tests.support import CORRELATION, COVARIANCE, EXACT, MEAN, MEAN_FIELD, NAMES, SD, gaussian_fit
 from vi_toolkit.comparison import compare
 from vi_toolkit.reference.reference import Reference
-
-NAMES = ["a", "b", "log(c)"]
-MEAN = np.array([1.0, -200.0, 0.01])
-CORRELATION = np.array([[1.0, 0.8, 0.3], [0.8, 1.0, 0.1], [0.3, 0.1, 1.0]])
-SD = np.array([2.0, 50.0, 1e-3])
-COVARIANCE = CORRELATION * np.outer(SD, SD)
-MEAN_FIELD = np.diag(1 / np.linalg.inv(COVARIANCE).diagonal())  # what theory gives
-EXACT = Reference.exact(NAMES, MEAN, COVARIANCE)
-
-
-def gaussian_fit(mean=MEAN, covariance=COVARIANCE, family="full-rank", names=NAMES, **more):
-    """As much of a fit as compare uses, with a Gaussian for its guide."""
-    root = np.linalg.cholesky(covariance)
-
-    def sample(n, seed=None):
-        noise = np.random.default_rng(seed).standard_normal((n, len(names)))
-        return {"z": torch.from_numpy(mean + noise @ root.T)}
-
-    joint = SimpleNamespace(names=list(names), flatten=lambda draws: draws["z"])
-    return SimpleNamespace(joint=joint, sample=sample, family=family, **more)
 
 
 def nuts_like(ess, mean=MEAN, seed=None):
@@ -52,9 +32,6 @@ def nuts_like(ess, mean=MEAN, seed=None):
     covariance = np.cov(draws, rowvar=False)
     sd = np.sqrt(covariance.diagonal())
     return dataclasses.replace(reference, mean=draws.mean(0), sd=sd, covariance=covariance)
-
-
-# Right fits --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["full-rank", "low-rank", None])
@@ -98,9 +75,6 @@ def test_a_point_estimate_has_means_only():
     assert c.verdict == "trust the means only"
     assert (c.table["sd ratio"] == 0).all()
     assert "A point estimate has no sds, intervals or correlations." in c.reasons
-
-
-# Wrong fits --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -169,9 +143,6 @@ def test_a_point_estimate_elsewhere():
     assert c.verdict == "do not trust"
 
 
-# Monte Carlo error -------------------------------------------------------------------------
-
-
 def test_limits_follow_the_reference_only_below_6400_draws():
     fit = gaussian_fit(mean=MEAN + 0.06 * SD)
     assert not compare(fit, nuts_like(10_000)).ok
@@ -195,9 +166,6 @@ def test_a_tenth_of_an_sd_is_still_caught_at_5000_draws():
     fit = gaussian_fit(mean=MEAN + 0.15 * SD)
     for seed in range(5):
         assert compare(fit, nuts_like(5000, seed=seed)).verdict == "do not trust"
-
-
-# Words and inputs --------------------------------------------------------------------------
 
 
 def test_not_near_gaussian_is_said_and_not_excused():
@@ -253,9 +221,6 @@ def test_repr_reads_well():
     assert "- Every mean agrees" in text
     lines = text.splitlines()
     assert all(name in lines[2 + i] for i, name in enumerate(NAMES))
-
-
-# Real fits ---------------------------------------------------------------------------------
 
 
 def regression(X, y):

@@ -44,7 +44,7 @@ assert a.elbo_estimate(20) == b.elbo_estimate(20)
 found = [vi.diagnose(fit, chains=False) for fit in (a, b)]
 assert found[0].reasons == found[1].reasons, found
 vi.predictive_check(b), b.to_arviz(), b.plot()
-draws = {{"chains": 2, "draws": 30, "warmup": 50, "progress": False}}
+draws = {{"chains": 2, "num_draws": 30, "warmup": 50, "progress": False}}
 refused = []
 for data in (here, there):
     try:
@@ -57,7 +57,7 @@ b.save({folder!r} + "/fit")
 c = vi.load({folder!r} + "/fit", model, AutoNormal)  # on the CPU
 assert c.params["AutoNormal.locs.w"].device.type == "cpu"
 assert torch.equal(a.sample(9)["w"], c.sample(9)["w"])
-vi.stochastic.MOST_STEPS = 100
+vi.stochastic.stages.MOST_STEPS = 100
 left_open = vi.fit(model, AutoNormal, there, progress=False)
 assert (left_open.method, left_open.why) == ("stochastic", "the data are on other")
 try:

@@ -7,8 +7,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from safetensors.torch import save_file
 
 import vi_toolkit as vi
-from tests.models import regression, regression_data, scale_model
-from tests.test_fitting import own_guide, quietly
+from tests.models import own_guide, regression, regression_data, scale_model
+from tests.support import quietly
 
 
 @pytest.mark.parametrize(

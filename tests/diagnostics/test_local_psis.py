@@ -8,7 +8,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
-from tests.diagnostics.test_diagnostics import fitted
+from tests.support import fitted
 
 
 def sums(y, s):

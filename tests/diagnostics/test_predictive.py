@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import vi_toolkit as vi
 from recipes.logistic_regression import model as logistic_regression
 from recipes.logistic_regression import simulate
-from tests.diagnostics.test_diagnostics import fitted
+from tests.support import fitted
 from tests.tolerances import Z
 from vi_toolkit.diagnostics.predictive import spiegelhalter
 

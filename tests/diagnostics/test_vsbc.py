@@ -10,8 +10,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import vi_toolkit as vi
 from recipes.logistic_regression import model as logistic_regression
 from recipes.logistic_regression import simulate
-from tests.diagnostics.test_diagnostics import SCHOOLS, eight_schools, fitted
-from tests.models import regression
+from tests.models import SCHOOLS, eight_schools, regression
+from tests.support import fitted
 from tests.tolerances import Z
 from vi_toolkit.deterministic.replications import fit_replications
 from vi_toolkit.diagnostics.vsbc import PriorPredictive, symmetry_test

@@ -10,7 +10,8 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
-from tests.diagnostics.test_diagnostics import SCHOOLS, eight_schools, fitted, gaussian
+from tests.models import SCHOOLS, eight_schools, gaussian
+from tests.support import fitted
 from tests.tolerances import Z
 from vi_toolkit.diagnostics import chains
 

@@ -1,4 +1,4 @@
-"""Figures: what they show is what they were given, and pyplot never hears of them."""
+"""Figures show what they were given and leave pyplot alone."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from tests.test_comparison import COVARIANCE, EXACT, MEAN, MEAN_FIELD, SD, gaussian_fit
+from tests.support import COVARIANCE, EXACT, MEAN, MEAN_FIELD, SD, gaussian_fit
 from vi_toolkit.comparison import compare
 from vi_toolkit.figures import MOST_SCALARS, plot_comparisons, plot_fit
 from vi_toolkit.reference.reference import Reference
