@@ -1,4 +1,4 @@
-"""What several tests do: fit without noise, stand in for a fit, check a recipe's latents."""
+"""Helpers that several tests share: short ways to fit, a stand-in for a fit, and checks."""
 
 import math
 import warnings
@@ -16,7 +16,7 @@ from vi_toolkit.reference.reference import Reference
 
 
 def quietly(*args, **kwargs):
-    """A fit whose lack of convergence is not the test's point."""
+    """A fit that may end without having converged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", vi.ConvergenceWarning)
         return vi.fit(*args, progress=False, **kwargs)
@@ -33,8 +33,8 @@ def fitted(model, guide, data=None, **options):
     return vi.fit(model, guide, data or {}, progress=False, **options)
 
 
-def off(shift, scale):
-    """A guide N(shift, scale^2) for the posterior N(0, 1)."""
+def shifted_fit(shift, scale):
+    """A fit whose guide is N(shift, scale^2) and whose posterior is N(0, 1)."""
 
     def guide():
         nothing = pyro.param("nothing", torch.tensor(0.0).double())
@@ -43,6 +43,7 @@ def off(shift, scale):
     return fitted(standard, guide, steps=1)
 
 
+# A Gaussian posterior with correlations and with scales far apart.
 NAMES = ["a", "b", "log(c)"]
 MEAN = np.array([1.0, -200.0, 0.01])
 CORRELATION = np.array([[1.0, 0.8, 0.3], [0.8, 1.0, 0.1], [0.3, 0.1, 1.0]])

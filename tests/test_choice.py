@@ -12,7 +12,7 @@ from tests.models import regression, regression_data
 from tests.support import quietly
 
 
-def test_auto_says_why():
+def test_the_automatic_choice_gives_its_reason():
     data = regression_data()
     assert vi.fit(regression, AutoNormal, data, progress=False).method == "deterministic"
     for given in ({"steps": 5}, {"optimizer": 0.1, "steps": 5}, {"subsample": {"observations": 9}}):

@@ -1,4 +1,4 @@
-"""The comparison passes right fits, fires on wrong ones, and says what theory expects."""
+"""A comparison passes right fits, fails wrong ones, and knows what theory expects."""
 
 import dataclasses
 
@@ -79,7 +79,7 @@ def test_a_point_estimate_has_means_only():
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("reference", [EXACT, nuts_like(10_000)], ids=["exact", "nuts"])
-def test_a_mean_off_by_a_tenth_of_an_sd(sign, reference):
+def test_a_mean_off_by_a_tenth_of_an_sd_is_caught(sign, reference):
     c = compare(gaussian_fit(mean=MEAN + sign * np.array([0, 0.1, 0]) * SD), reference)
     assert c.verdict == "do not trust"
     assert c.table["ok"].tolist() == [True, False, True]
@@ -93,7 +93,7 @@ def test_a_mean_off_by_a_tenth_of_an_sd(sign, reference):
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 @pytest.mark.parametrize("reference", [EXACT, nuts_like(10_000)], ids=["exact", "nuts"])
-def test_an_sd_off_by_ten_per_cent(factor, reference):
+def test_an_sd_off_by_ten_per_cent_is_caught(factor, reference):
     stretch = np.array([1, 1, factor])
     c = compare(gaussian_fit(covariance=COVARIANCE * np.outer(stretch, stretch)), reference)
     assert c.verdict == "trust the means only"
@@ -104,13 +104,13 @@ def test_an_sd_off_by_ten_per_cent(factor, reference):
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
-def test_a_mean_field_sd_off_by_ten_per_cent_of_its_theory(factor):
+def test_a_mean_field_sd_off_by_ten_per_cent_of_its_theory_is_caught(factor):
     c = compare(gaussian_fit(covariance=MEAN_FIELD * factor**2, family="mean-field"), EXACT)
     assert not c.ok
     assert c.verdict == ("do not trust" if factor > 1 else "trust the means only")
 
 
-def test_mean_field_that_fails_to_underestimate():
+def test_mean_field_that_is_not_too_narrow_is_not_trusted():
     """Right sds from a guide that cannot have them: something is not what it is said to be."""
     c = compare(gaussian_fit(covariance=np.diag(SD**2), family="mean-field"), EXACT)
     assert c.verdict == "do not trust"
@@ -120,14 +120,14 @@ def test_mean_field_that_fails_to_underestimate():
         c.assert_ok()
 
 
-def test_full_rank_as_narrow_as_mean_field():
+def test_full_rank_as_narrow_as_mean_field_fails():
     c = compare(gaussian_fit(covariance=MEAN_FIELD, family="full-rank"), EXACT)
     assert c.verdict == "trust the means only"
     with pytest.raises(AssertionError, match="sds are off"):
         c.assert_ok()
 
 
-def test_wrong_correlations():
+def test_wrong_correlations_fail():
     wrong = COVARIANCE * np.where(CORRELATION == 0.3, 0, 1)
     c = compare(gaussian_fit(covariance=wrong), EXACT)
     assert c.table["ok"].all()
@@ -138,7 +138,7 @@ def test_wrong_correlations():
         c.assert_ok()
 
 
-def test_a_point_estimate_elsewhere():
+def test_a_point_estimate_elsewhere_is_not_trusted():
     c = compare(gaussian_fit(MEAN + 0.2 * SD, 1e-40 * np.eye(3), "point"), EXACT)
     assert c.verdict == "do not trust"
 
@@ -168,7 +168,7 @@ def test_a_tenth_of_an_sd_is_still_caught_at_5000_draws():
         assert compare(fit, nuts_like(5000, seed=seed)).verdict == "do not trust"
 
 
-def test_not_near_gaussian_is_said_and_not_excused():
+def test_a_posterior_far_from_gaussian_is_reported_and_excuses_nothing():
     skewed = Reference.exact(NAMES, MEAN, COVARIANCE, skewness=[0, 1.2, 0])
     right = compare(gaussian_fit(covariance=MEAN_FIELD, family="mean-field"), skewed)
     assert right.ok
@@ -180,7 +180,7 @@ def test_not_near_gaussian_is_said_and_not_excused():
     assert wide.verdict == "trust the means only"  # no proof of a bug where theory is approximate
 
 
-def test_without_a_covariance():
+def test_mean_field_needs_the_covariance_of_the_reference():
     unknown = dataclasses.replace(EXACT, covariance=None)
     c = compare(gaussian_fit(covariance=MEAN_FIELD, family="mean-field"), unknown)
     assert not c.ok
@@ -201,21 +201,21 @@ def test_a_fit_that_has_not_converged_is_mentioned():
         (["a", "b"], r"2 and 3 scalars.*2: nothing / log\(c\)"),
     ],
 )
-def test_other_scalars(names, message):
+def test_references_with_other_scalars_are_refused(names, message):
     d = len(names)
     fit = gaussian_fit(MEAN[:d], COVARIANCE[:d, :d], names=names)
     with pytest.raises(ValueError, match=message):
         compare(fit, EXACT)
 
 
-def test_draws_that_are_too_few_or_not_finite():
+def test_draws_that_are_too_few_or_not_finite_are_refused():
     with pytest.raises(ValueError, match="100,000"):
         compare(gaussian_fit(), EXACT, num_draws=1000)
     with pytest.raises(ValueError, match="draws of b are not all finite"):
         compare(gaussian_fit(mean=np.array([1, np.inf, 0])), EXACT)
 
 
-def test_repr_reads_well():
+def test_the_text_has_the_verdict_and_a_row_for_each_scalar():
     text = repr(compare(gaussian_fit(), EXACT))
     assert "Verdict: trust." in text
     assert "- Every mean agrees" in text
@@ -238,7 +238,7 @@ def regression(X, y):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fits_of_a_gaussian_posterior(guide, verdict, dtype):
+def test_fits_of_a_gaussian_posterior_get_the_right_verdict(guide, verdict, dtype):
     X = torch.tensor([[1.0, 1.0], [1.0, 1.2], [1.0, 0.7], [1.0, 1.1]], dtype=torch.float64)
     y = torch.tensor([2.0, 2.5, 1.0, 2.2], dtype=torch.float64)
     covariance = torch.linalg.inv(X.T @ X / 0.25 + torch.eye(2) / 4)
@@ -250,7 +250,7 @@ def test_fits_of_a_gaussian_posterior(guide, verdict, dtype):
 
 
 @pytest.mark.parametrize("other", [None, {"mean": 0.0}, "reference.json"])
-def test_what_is_no_reference_is_named(other):
+def test_something_other_than_a_reference_is_refused(other):
     with pytest.raises(TypeError, match=r"vi\.Reference .*Reference\.nuts\(model, data\)") as error:
         compare(gaussian_fit(), other)
     assert type(other).__name__ in str(error.value)

@@ -1,4 +1,4 @@
-"""Data that are not on the CPU: the same fits, eagerly, and all that is done with them."""
+"""Fits of data on another device equal those on the CPU and can be used in the same way."""
 
 import os
 import subprocess
@@ -71,7 +71,7 @@ except vi.CompileError as error:
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="torch has no devices written in Python",
 )
-def test_a_fit_on_another_device_is_the_one_on_the_cpu(tmp_path):
+def test_a_fit_on_another_device_equals_the_one_on_the_cpu(tmp_path):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(root=root, folder=str(tmp_path))],

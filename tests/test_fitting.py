@@ -1,4 +1,4 @@
-"""Arguments of fit, and models of every kind."""
+"""Arguments of fit: what is accepted, what is refused, and what the message says."""
 
 import pyro
 import pyro.distributions as dist
@@ -62,7 +62,7 @@ def test_a_parameter_of_the_model_is_learnt():
     assert "parameter of its own ('s')" in plain._set_up_deterministic(limits=True)
 
 
-def test_a_guide_without_parameters():
+def test_a_guide_without_parameters_is_refused():
     def guide(X, y):
         pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
@@ -70,7 +70,7 @@ def test_a_guide_without_parameters():
         fitted(two_predictors, guide, {"X": torch.randn(5, 2), "y": torch.randn(5)})
 
 
-def test_arguments_that_cannot_be(rows):
+def test_arguments_of_the_wrong_kind_are_refused(rows):
     refused = (
         ({"optimizer": pyro.optim.Adam({"lr": 0.01})}, TypeError, "lambda params"),
         ({"estimator": Trace_ELBO}, TypeError, r"Trace_ELBO\(\)"),
@@ -83,13 +83,13 @@ def test_arguments_that_cannot_be(rows):
             fitted(two_predictors, AutoNormal, rows, **options)
 
 
-def test_whole_numbers_of_any_kind(rows):
+def test_whole_numbers_of_any_kind_are_accepted(rows):
     fit = fitted(two_predictors, AutoNormal, rows, steps=torch.tensor(3))
     assert len(fit.elbo) == 3
     assert len(fit.sample(torch.tensor(5))["w"]) == 5
 
 
-def test_an_interrupt_before_there_is_anything_goes_on_up(rows, monkeypatch):
+def test_an_interrupt_before_there_is_a_fit_is_raised(rows, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 

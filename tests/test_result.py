@@ -1,4 +1,4 @@
-"""What people do with a fit, and the mistakes they make: an answer or a clear message."""
+"""What people do with a fit, and a clear message for each mistake they make."""
 
 import pyro
 import pyro.distributions as dist
@@ -40,7 +40,7 @@ def test_rows_that_change_on_every_run_are_not_predicted(rows):
     assert fit.log_likelihood(n=5)["y"].shape == (5, 50)
 
 
-def test_a_likelihood_that_is_a_factor():
+def test_a_likelihood_that_is_a_factor_cannot_be_predicted():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
         pyro.factor("mixture", dist.Normal(mu, 1.0).log_prob(y).sum())
@@ -52,7 +52,7 @@ def test_a_likelihood_that_is_a_factor():
     assert "posterior" in fit.to_arviz().groups()
 
 
-def test_latents_that_the_estimator_sums_out():
+def test_latents_that_the_estimator_sums_out_are_not_sampled():
     y = torch.cat([torch.randn(30) - 2, torch.randn(30) + 2])
 
     def model(y):
@@ -73,7 +73,7 @@ def test_latents_that_the_estimator_sums_out():
         fit.log_likelihood()
 
 
-def test_predictions_at_inputs_that_do_not_fit(rows):
+def test_predictions_at_inputs_that_do_not_fit_are_refused(rows):
     fit = fitted(two_predictors, AutoNormal, rows)
     new = torch.randn(4, 2)
     assert fit.predict(7, data={"X": new})["y"].shape == (7, 4)
@@ -122,7 +122,7 @@ def test_the_elbo_estimate_is_the_evidence_where_the_guide_holds_the_posterior()
     assert abs(elbo - float(marginal.log_prob(y))) < 1e-4 + Z * error
 
 
-def test_repr_says_what_it_is():
+def test_the_text_of_a_fit_says_what_it_is():
     text = repr(vi.fit(regression, AutoNormal, regression_data(), progress=False))
     for part in ("regression", "mean-field", "w[3]", "deterministic", "ELBO", "converged"):
         assert part in text

@@ -14,7 +14,7 @@ from tests.models import regression, regression_data, regression_posterior
 
 
 @pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoLowRankMultivariateNormal])
-def test_full_and_low_rank_land_on_a_gaussian_posterior(guide):
+def test_full_and_low_rank_guides_reach_a_gaussian_posterior(guide):
     data = regression_data()
     mean, covariance, _ = regression_posterior(**data)
     make = (lambda m: guide(m, rank=2)) if guide is AutoLowRankMultivariateNormal else guide

@@ -28,7 +28,7 @@ def test_hessians_agree_with_products_and_with_the_conjugate_precision():
 
 
 @pytest.mark.parametrize("units", [1.0, 1e4])
-def test_the_mode_of_a_gaussian_posterior_in_any_units(units):
+def test_the_mode_of_a_gaussian_posterior_is_found_in_any_units(units):
     data = regression_data(dtype=torch.float64)
     data["X"] = data["X"] * torch.tensor([1.0, units, 1 / units])
     mean, _, precision = regression_posterior(**data)
@@ -60,7 +60,7 @@ def test_point_guides_find_the_mode():
         assert ((draws[0] - mean) / covariance.diagonal().sqrt()).abs().max() < 1e-3
 
 
-def test_many_latents_go_by_hessian_vector_products():
+def test_many_latents_are_fitted_by_hessian_vector_products():
     y = 3 + torch.randn(400, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def model(y):

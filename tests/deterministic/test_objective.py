@@ -11,7 +11,7 @@ import vi_toolkit as vi
 from tests.models import own_guide, regression, regression_data, regression_posterior
 
 
-def test_a_guide_of_the_users_own_lands_on_the_same_optimum():
+def test_a_guide_written_by_hand_reaches_the_same_optimum():
     data = regression_data()
     mean, covariance, precision = regression_posterior(**data)
     fit = vi.fit(regression, own_guide, data, progress=False)
@@ -21,7 +21,7 @@ def test_a_guide_of_the_users_own_lands_on_the_same_optimum():
     assert (fit.params["scale"].double() * precision.diagonal().sqrt()).log().abs().max() < 5e-3
 
 
-def test_a_gamma_guide_lands_on_a_conjugate_posterior_and_its_elbo_is_the_evidence():
+def test_a_gamma_guide_reaches_a_conjugate_posterior_and_its_elbo_is_the_evidence():
     counts = torch.tensor([3.0, 5.0, 2.0, 4.0], dtype=torch.float64)
 
     def model(counts):

@@ -11,7 +11,7 @@ from tests.models import regression_posterior, scale_model
 from tests.support import quietly
 
 
-def test_ctrl_c_in_the_deterministic_method_can_be_taken_up_again(monkeypatch):
+def test_an_interrupted_deterministic_fit_can_be_extended_to_the_same_end(monkeypatch):
     from vi_toolkit.deterministic import run as deterministic
 
     y = {"y": torch.randn(12, generator=torch.Generator().manual_seed(0))}
@@ -36,7 +36,7 @@ def test_ctrl_c_in_the_deterministic_method_can_be_taken_up_again(monkeypatch):
     assert all(torch.equal(fit.params[k], whole.params[k]) for k in whole.params)
 
 
-def test_extend_on_a_deterministic_fit():
+def test_extend_doubles_the_draws_of_a_deterministic_fit():
     fit = vi.fit(scale_model, AutoNormal, {"y": torch.randn(9)}, progress=False)
     with pytest.raises(ValueError, match="deterministic"):
         fit.extend(100)

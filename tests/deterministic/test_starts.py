@@ -22,7 +22,7 @@ def test_the_better_mode_is_kept_whatever_the_prior_median_leads_to():
     assert abs(float(fit.sample(1000)["x"].mean()) - 5) < 0.5
 
 
-def test_a_density_without_a_bound_does_not_catch_the_fit():
+def test_an_unbounded_density_does_not_trap_the_fit():
     """Rat tumours (Gelman et al. 2013, section 5.3): with all rates equal the density is infinite.
 
     Every mode found runs off there. Mean field's best member is where the mass is: its ELBO is
@@ -48,7 +48,7 @@ def test_a_density_without_a_bound_does_not_catch_the_fit():
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_a_model_that_raises_at_its_prior_medians(guide):
+def test_a_model_that_raises_at_its_prior_medians_is_fitted(guide):
     """A conditional autoregression, whose precision is positive definite for |rho| < 1 only."""
     neighbours = torch.diag(torch.ones(5), 1)
     neighbours = neighbours + neighbours.T

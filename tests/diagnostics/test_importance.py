@@ -11,7 +11,7 @@ from tests.support import fitted
 from tests.tolerances import Z
 
 
-def test_evidence_and_moments_of_a_conjugate_model():
+def test_evidence_and_moments_of_a_conjugate_model_are_right():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
         with pyro.plate("observations", len(y)):

@@ -39,7 +39,7 @@ def test_linear_response_is_exact_on_a_gaussian(guide, most_dense, monkeypatch):
     assert one.sd == pytest.approx(found.sd[1:], rel=1e-4)
 
 
-def test_linear_response_of_a_poisson_rate():
+def test_linear_response_agrees_with_refitting_a_tilted_model():
     """d E_q[log rate] / d tilt against the tilted optimum itself, by refitting."""
     y = torch.tensor([0.0, 2.0, 1.0, 4.0]).double()
 
@@ -59,7 +59,7 @@ def test_linear_response_of_a_poisson_rate():
     assert float(ends[0] - ends[1]) / (2 * h) == pytest.approx(variance, rel=0.02)
 
 
-def test_linear_response_says_where_there_is_no_maximum():
+def test_linear_response_reports_that_there_is_no_maximum():
     indefinite = torch.diag(torch.tensor([1.0, -1.0]))
     jacobian = torch.eye(2)
     assert not _dense(lambda v: indefinite @ v, jacobian)[1]

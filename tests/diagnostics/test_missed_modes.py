@@ -1,4 +1,4 @@
-"""Modes that a fit misses: seen where there are some, and no false alarm where the shape is odd."""
+"""Modes that a fit misses are found, and odd shapes with one mode raise no alarm."""
 
 import math
 
@@ -37,7 +37,7 @@ def lopsided(weight):
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_the_other_sign_and_the_other_labels_are_missed(guide):
+def test_the_other_sign_and_the_other_labels_are_reported(guide):
     """By symmetry each holds one half, up to Laplace's error: a tenth of it here."""
     y = torch.randn(60) + torch.tensor([-3.0, 3.0]).repeat(30)
     for model, data in ((two_signs, torch.tensor(9.0)), (two_components, y)):
@@ -74,11 +74,11 @@ def heavy():
 
 
 @pytest.mark.parametrize("model", [banana, funnel, skewed, heavy, lopsided(1e-6)])
-def test_silent_where_there_is_one_mode(model):
+def test_one_mode_raises_no_alarm(model):
     assert vi.missed_modes(fitted(model, AutoNormal)) == []
 
 
-def test_the_verdict_says_so():
+def test_the_verdict_reports_a_missed_mode():
     fit = fitted(two_signs, AutoNormal, {"y": torch.tensor(9.0)})
     diagnosis = vi.diagnose(fit, num_draws=5_000)
     assert diagnosis.verdict == "do not trust"

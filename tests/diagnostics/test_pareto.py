@@ -19,14 +19,14 @@ def test_k_hat_of_mean_field_on_a_gaussian_is_the_correlation(rho):
         assert found.reliable == (rho < 0.7)
 
 
-def test_k_hat_is_silent_on_an_exact_posterior():
+def test_k_hat_raises_no_alarm_on_an_exact_posterior():
     found = vi.psis(fitted(gaussian(0.9), AutoMultivariateNormal), num_draws=10_000)
     assert found.reliable
     assert found.sd_log_weight < 0.01
     assert found.effective_fraction == pytest.approx(1, abs=0.01)
 
 
-def test_k_hat_of_weights_with_a_known_tail():
+def test_k_hat_finds_a_known_tail():
     """Weights (1 - u)^-k are Pareto with shape k."""
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(8, 50_000, generator=generator, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_k_hat_of_weights_with_a_known_tail():
         vi.pareto_k(torch.full((2, 100), -torch.inf))
 
 
-def test_a_heavy_tail_is_judged_by_how_much_is_in_it():
+def test_a_heavy_tail_is_judged_by_its_mass():
     """Weights 1 + c ((1 - u)^-k - 1), k = 0.72: little mass in the tail, and much."""
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(8, 50_000, generator=generator, dtype=torch.float64)

@@ -88,7 +88,7 @@ def test_what_a_baseline_learns_belongs_to_the_datum(way):
 
 @pytest.mark.parametrize("subsample", [None, {"n": 3}], ids=["full", "subsampled"])
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_loaded_fit_goes_on_bit_for_bit(name, subsample, tmp_path):
+def test_a_loaded_fit_continues_bit_for_bit(name, subsample, tmp_path):
     estimator = vi.Score(3, BASELINES[name])
 
     def fitted(steps):
@@ -110,7 +110,7 @@ def test_a_loaded_fit_goes_on_bit_for_bit(name, subsample, tmp_path):
     assert estimator.state() == {}  # what a fit's estimator learns is the fit's own
 
 
-def test_a_net_is_asked_for_again_and_then_goes_on_bit_for_bit(tmp_path):
+def test_a_net_must_be_given_again_and_then_continues_bit_for_bit(tmp_path):
     net = torch.nn.Linear(1, 1).double()
     estimator = vi.Score(2, vi.Neural(net, lambda data: data["y"][:, None]))
     options = {"estimator": estimator, "subsample": {"n": 3}}
@@ -151,7 +151,7 @@ def test_a_net_reduces_variance_that_depends_on_the_data():
     assert variance["net"] < 0.05 * variance["none"]
 
 
-def test_state_is_tensors_and_can_be_swapped():
+def test_the_state_is_tensors_and_can_be_replaced():
     """What a tracer needs: the state as explicit tensors, updated in place."""
     model, guide = TOYS["mixed"].pair(B)
     estimator = vi.Score(2, vi.RunningMean())

@@ -80,7 +80,7 @@ def test_analytic_kl_is_refused_with_a_reason():
     assert "no closed form for Gamma and LogNormal" in found["c"]
 
 
-def test_reparam_names_the_site_it_cannot_do_before_step_one():
+def test_reparam_names_a_site_it_cannot_reparameterise_before_the_first_step():
     class Untouched(vi.Reparam):
         def _get_trace(self, *args, **kwargs):
             raise AssertionError("a step was taken")

@@ -48,7 +48,7 @@ ESTIMATORS = [
         (lambda: vi.RunningMean(1.0), ValueError, "decay"),
     ],
 )
-def test_wrong_arguments(make, error, says):
+def test_wrong_arguments_are_named(make, error, says):
     with pytest.raises(error, match=says):
         make()
 
@@ -64,7 +64,7 @@ def test_wrong_arguments(make, error, says):
         ("continuous", vi.Score(1, {"g": vi.RunningMean()}, sites=["z"]), "g", "where no score"),
     ],
 )
-def test_combinations_that_cannot_be(kind, estimator, site, says):
+def test_impossible_combinations_are_refused(kind, estimator, site, says):
     with pytest.raises(vi.PreflightError, match=says) as caught:
         estimator.loss_and_grads(*TOYS[kind].pair(), **DATA)
     assert caught.value.site == site
@@ -123,7 +123,7 @@ def test_the_generic_algorithm_reaches_the_exact_optimum():
 
 @pytest.mark.parametrize("estimator", ESTIMATORS[:4], ids=repr)
 @pytest.mark.parametrize("family", [AutoNormal, AutoMultivariateNormal])
-def test_with_pyros_autoguides_and_plain_svi(estimator, family):
+def test_estimators_work_with_pyros_autoguides_and_svi(estimator, family):
     data = regression_data(n=20, dtype=torch.float64)
     torch.set_default_dtype(torch.float64)
     guide = family(regression)
@@ -145,7 +145,7 @@ def test_with_pyros_autoguides_and_plain_svi(estimator, family):
     assert np.mean(after) < np.mean(before) - 5
 
 
-def test_a_latent_of_autonormal_goes_by_its_name():
+def test_a_latent_of_autonormal_is_called_by_its_own_name():
     data = regression_data()
     guide = AutoNormal(regression)
     estimator = vi.Score(2, {"w": vi.LeaveOneOut()}, sites=["w"])
@@ -153,7 +153,7 @@ def test_a_latent_of_autonormal_goes_by_its_name():
     assert estimator.dependencies.coordinatewise == {"w_unconstrained": "w"}
 
 
-def test_fit_takes_the_score_where_it_must():
+def test_fit_chooses_the_score_estimator_where_it_must():
     """Discrete latents without asking; q can be exact, and comes near."""
     fit = quietly(Indexed.model, Indexed.guide, Indexed.data, steps=3000, optimizer=0.05)
     assert "LeaveOneOut" in repr(fit._estimator)

@@ -94,11 +94,11 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_names_the_site_and_the_remedy(name):
+def test_the_message_names_the_site_and_the_remedy(name):
     check_message(CASES[name])
 
 
-def test_keeps_the_cause():
+def test_the_error_keeps_its_cause():
     with pytest.raises(PreflightError) as caught:
         preflight(raises_later, AutoNormal, {"y": Y})
     assert isinstance(caught.value.__cause__, KeyError)

@@ -379,6 +379,6 @@ CORRECT: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", CORRECT)
-def test_passes_correct_models(name):
+def test_correct_models_pass(name):
     model, guide, data, *options = CORRECT[name]
     preflight(model, guide, data, **(options[0] if options else {}))

@@ -171,10 +171,10 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_names_the_site_and_the_remedy(name):
+def test_the_message_names_the_site_and_the_remedy(name):
     check_message(CASES[name])
 
 
-def test_warns_of_data_that_are_not_observed():
+def test_data_that_are_not_observed_cause_a_warning():
     with pytest.warns(UserWarning, match="observes nothing"):
         preflight(density, AutoNormal, {"covariance": torch.eye(2)})

@@ -10,7 +10,7 @@ from vi_toolkit.errors import PreflightError
 from vi_toolkit.preflight import preflight
 
 
-def test_leaves_everything_as_it_was():
+def test_preflight_leaves_everything_as_it_was():
     pyro.param("loc", torch.tensor(7.0))
     guide = AutoNormal(conjugate)
     state = torch.get_rng_state()
@@ -24,7 +24,7 @@ def test_leaves_everything_as_it_was():
     assert not list(guide.parameters())
 
 
-def test_leaves_everything_as_it_was_after_an_error():
+def test_preflight_leaves_everything_as_it_was_after_an_error():
     state = torch.get_rng_state()
     with pytest.raises(PreflightError):
         preflight(sequential_repeated, AutoNormal, {"y": Y})
@@ -33,13 +33,13 @@ def test_leaves_everything_as_it_was_after_an_error():
     preflight(conjugate, AutoNormal, {"y": Y})
 
 
-def test_takes_a_guide_that_has_run():
+def test_preflight_takes_a_guide_that_has_run():
     guide = AutoNormal(conjugate)
     guide(y=Y)
     preflight(conjugate, guide, {"y": Y})
 
 
-def test_runs_the_model_a_few_times_only():
+def test_preflight_runs_the_model_only_a_few_times():
     calls = {"model": 0, "guide": 0}
 
     def model(y):

@@ -205,5 +205,5 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_names_the_site_and_the_remedy(name):
+def test_the_message_names_the_site_and_the_remedy(name):
     check_message(CASES[name])

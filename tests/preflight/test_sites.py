@@ -230,11 +230,11 @@ CASES: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_names_the_site_and_the_remedy(name):
+def test_the_message_names_the_site_and_the_remedy(name):
     check_message(CASES[name])
 
 
-def test_latents_of_a_module_are_those_of_its_model(monkeypatch):
+def test_latents_declared_in_a_module_belong_to_its_model(monkeypatch):
     module = types.ModuleType("recipe")
     module.LATENTS = {"z": ()}
     monkeypatch.setitem(sys.modules, "recipe", module)

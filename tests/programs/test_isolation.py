@@ -13,7 +13,7 @@ from vi_toolkit.programs import isolation
 
 
 @pytest.mark.parametrize(("made", "known"), [(2, 2), (2, 1), (1, 2), (0, 2), (2, 0)])
-def test_the_state_of_the_generators_holds_those_of_the_gpus(monkeypatch, made, known):
+def test_the_random_state_includes_the_gpus(monkeypatch, made, known):
     """As many as there are; kept in a process with some, a state can be set in one with others."""
 
     def pretend(number, first):
@@ -37,7 +37,7 @@ def test_the_state_of_the_generators_holds_those_of_the_gpus(monkeypatch, made, 
 
 
 @pytest.mark.parametrize("options", [{}, {"steps": 60}], ids=["deterministic", "stochastic"])
-def test_the_same_seed_gives_the_same_fit_and_globals_stay(options):
+def test_the_same_seed_gives_the_same_fit_and_globals_are_unchanged(options):
     data = regression_data()
     guide = AutoNormal(regression)
     pyro.param("mine", torch.tensor(7.0))
@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_fit_and_globals_stay(options):
     assert other.sample(2)["w"].shape == (2, 2)
 
 
-def test_networks_and_tensors_that_the_guide_closes_over_are_given_back_untouched():
+def test_networks_and_tensors_that_the_guide_closes_over_are_left_untouched():
     net = torch.nn.Linear(1, 2)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     start = torch.zeros(())

@@ -37,7 +37,7 @@ def test_log_density_is_minus_the_potential_of_pyros_own_nuts():
     assert max(abs(d) for d in differences) < 1e-10
 
 
-def test_names_say_the_scale():
+def test_names_of_scalars_include_their_transform():
     with isolated_pyro_state(dtype=torch.float64):
         joint = Joint(everything, {"y": torch.ones(2, dtype=torch.float64)})
     assert joint.names[:4] == ["log(sigma)", "logit(p)", "u(theta)[0]", "u(theta)[1]"]
@@ -55,7 +55,7 @@ def test_flatten_and_unflatten_are_inverse():
     assert torch.allclose(joint.flatten(draws), u, atol=1e-9)
 
 
-def test_many_points_at_once_as_one_by_one_and_bad_points_are_nan():
+def test_batched_densities_agree_with_single_ones_and_bad_points_are_nan():
     def fragile(y):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
         torch.linalg.cholesky(torch.stack([torch.stack([a, a * 0]), torch.stack([a * 0, a])]))

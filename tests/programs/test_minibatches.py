@@ -32,7 +32,7 @@ def test_minibatches_reach_the_posterior_with_either_way_of_writing_the_model():
         assert (scale / sd).log().abs().max() < 0.1 + Z / (2 * n) ** 0.5
 
 
-def test_local_latents_with_parameters_per_datum_under_minibatches():
+def test_minibatches_fit_local_latents_with_parameters_per_datum():
     y = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
 
     def model(y):
@@ -91,7 +91,7 @@ def test_a_plate_that_cannot_be_subsampled_is_named():
     assert len(str(caught.value)) < 400
 
 
-def test_minibatches_of_one_row():
+def test_every_datum_counts_once_in_minibatches_of_one_row():
     """A minibatch of one broadcasts against anything: each datum must still count once.
 
     Then the mean over all minibatches of the scaled log density is the log density of all data.

@@ -4,7 +4,7 @@ from tests.preflight.models import GY, list_guide, parts
 from vi_toolkit.programs.private_guide import private_guide
 
 
-def test_private_guide_copies():
+def test_a_private_guide_leaves_the_original_untouched():
     guide = list_guide()
     twin = private_guide(parts, guide)
     twin(**GY)

@@ -1,4 +1,4 @@
-"""Stochastic optimisation: its error is known, and it stops and goes on as asked."""
+"""Stochastic optimisation knows its error, stops by itself, and continues as asked."""
 
 import numpy as np
 import pyro
@@ -46,7 +46,7 @@ def test_an_unfinished_stochastic_fit_warns():
 
 
 @pytest.mark.parametrize("options", [{}, {"subsample": {"observations": 7}}], ids=["full", "batch"])
-def test_extend_is_bit_for_bit_a_fit_that_never_stopped(options):
+def test_an_extended_fit_equals_one_that_never_stopped_bit_for_bit(options):
     data = regression_data()
     whole = quietly(regression, AutoNormal, data, steps=1500, **options)
     parts = quietly(regression, AutoNormal, data, steps=613, **options)
@@ -56,7 +56,7 @@ def test_extend_is_bit_for_bit_a_fit_that_never_stopped(options):
     assert all(torch.equal(whole.params[k], parts.params[k]) for k in whole.params)
 
 
-def test_steps_beyond_convergence():
+def test_a_converged_fit_takes_the_steps_it_is_asked_for():
     """A fit that has converged goes on when it is asked for more steps."""
 
     def model():
@@ -98,7 +98,7 @@ def test_ctrl_c_returns_the_fit_so_far(monkeypatch):
 
 
 @pytest.mark.parametrize("family", [AutoDelta, AutoNormal])
-def test_a_look_at_the_guides_units_leaves_the_draws_as_they_were(family):
+def test_measuring_the_fisher_scale_leaves_the_random_state_unchanged(family):
     fit = quietly(regression, family, regression_data(n=20), steps=5)
     with fit._isolated():
         before = torch.get_rng_state()
