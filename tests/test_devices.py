@@ -81,4 +81,4 @@ def test_a_fit_on_another_device_equals_the_one_on_the_cpu(tmp_path):
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "only steps on the CPU and on CUDA devices are compiled" in done.stdout
+    assert "only steps on the CPU are compiled" in done.stdout
