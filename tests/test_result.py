@@ -49,7 +49,7 @@ def test_a_likelihood_that_is_a_factor_cannot_be_predicted():
     for use in (fit.predict, fit.log_likelihood):
         with pytest.raises(ValueError, match="factor 'mixture'"):
             use()
-    assert "posterior" in fit.to_arviz().groups()
+    assert "posterior" in fit.to_arviz()
 
 
 def test_latents_that_the_estimator_sums_out_are_not_sampled():
