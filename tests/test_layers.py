@@ -134,10 +134,9 @@ def too_long(root: Path) -> list[str]:
 def private_members(root: Path) -> list[str]:
     """Uses of what another module, torch or Pyro keeps private."""
     found = []
-    trees = [
-        (f.path, f"{f.path}:", f.tree) for f in files(root, *PACKAGES) if f.path[:5] != "tests"
-    ]
-    for path, label, tree in trees + [("", *cell) for cell in code_cells(root)]:
+    read = files(root, "vi_toolkit", "recipes", "benchmarks")
+    trees = [(file.path, f"{file.path}:", file.tree) for file in read]
+    for path, label, tree in [*trees, *(("", *cell) for cell in code_cells(root))]:
         for line, code, library in private_uses(tree):
             home = HOME_OF_PRIVATE.get(library)
             if path in HOME_OF_PRIVATE.values() and home in (path, None):
