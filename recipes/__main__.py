@@ -277,6 +277,8 @@ def new(
         "recipes/__main__.py",
         "tests/__init__.py",
         "tests/conftest.py",
+        "tests/models.py",
+        "tests/support.py",
         "tests/tolerances.py",
         "tests/recipes/__init__.py",
     ):

@@ -1,4 +1,4 @@
-"""Every test starts from the same state and leaves none behind."""
+"""Every test starts from the same state and leaves nothing behind."""
 
 import matplotlib
 
@@ -8,6 +8,10 @@ import pyro
 import pytest
 import torch
 from matplotlib import pyplot as plt
+
+pytest.register_assert_rewrite(
+    "tests.support", "tests.estimators.checks", "tests.preflight.mistakes"
+)
 
 
 @pytest.fixture(autouse=True)

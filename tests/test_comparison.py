@@ -1,7 +1,6 @@
-"""The comparison passes right fits, fires on wrong ones, and says what theory expects."""
+"""A comparison passes right fits, fails wrong ones, and knows what theory expects."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pyro
@@ -11,29 +10,9 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
+from tests.support import CORRELATION, COVARIANCE, EXACT, MEAN, MEAN_FIELD, NAMES, SD, gaussian_fit
 from vi_toolkit.comparison import compare
 from vi_toolkit.reference.reference import Reference
-
-NAMES = ["a", "b", "log(c)"]
-MEAN = np.array([1.0, -200.0, 0.01])
-CORRELATION = np.array([[1.0, 0.8, 0.3], [0.8, 1.0, 0.1], [0.3, 0.1, 1.0]])
-SD = np.array([2.0, 50.0, 1e-3])
-COVARIANCE = CORRELATION * np.outer(SD, SD)
-MEAN_FIELD = np.diag(1 / np.linalg.inv(COVARIANCE).diagonal())  # what theory gives
-EXACT = Reference.exact(NAMES, MEAN, COVARIANCE)
-
-
-def gaussian_fit(mean=MEAN, covariance=COVARIANCE, family="full-rank", names=NAMES, **more):
-    """As much of a fit as compare uses, with a Gaussian for its guide."""
-    root = np.linalg.cholesky(covariance)
-
-    def sample(num_draws, seed=None):
-        noise = np.random.default_rng(seed).standard_normal((num_draws, len(names)))
-        return {"z": torch.from_numpy(mean + noise @ root.T)}
-
-    joint = SimpleNamespace(names=list(names), flatten=lambda draws: draws["z"])
-    optimum = {"converged": True, "convergence": ""} | more
-    return SimpleNamespace(joint=joint, sample=sample, guide_family=family, **optimum)
 
 
 def nuts_like(ess, mean=MEAN, seed=None):
@@ -53,9 +32,6 @@ def nuts_like(ess, mean=MEAN, seed=None):
     covariance = np.cov(draws, rowvar=False)
     sd = np.sqrt(covariance.diagonal())
     return dataclasses.replace(reference, mean=draws.mean(0), sd=sd, covariance=covariance)
-
-
-# Right fits --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["full-rank", "low-rank", None])
@@ -101,12 +77,9 @@ def test_a_point_estimate_has_means_only():
     assert "A point estimate has no sds, intervals or correlations." in c.reasons
 
 
-# Wrong fits --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("reference", [EXACT, nuts_like(10_000)], ids=["exact", "nuts"])
-def test_a_mean_off_by_a_tenth_of_an_sd(sign, reference):
+def test_a_mean_off_by_a_tenth_of_an_sd_is_caught(sign, reference):
     c = compare(gaussian_fit(mean=MEAN + sign * np.array([0, 0.1, 0]) * SD), reference)
     assert c.verdict == "do not trust"
     assert c.table["ok"].tolist() == [True, False, True]
@@ -120,7 +93,7 @@ def test_a_mean_off_by_a_tenth_of_an_sd(sign, reference):
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 @pytest.mark.parametrize("reference", [EXACT, nuts_like(10_000)], ids=["exact", "nuts"])
-def test_an_sd_off_by_ten_per_cent(factor, reference):
+def test_an_sd_off_by_ten_per_cent_is_caught(factor, reference):
     stretch = np.array([1, 1, factor])
     c = compare(gaussian_fit(covariance=COVARIANCE * np.outer(stretch, stretch)), reference)
     assert c.verdict == "trust the means only"
@@ -131,13 +104,13 @@ def test_an_sd_off_by_ten_per_cent(factor, reference):
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
-def test_a_mean_field_sd_off_by_ten_per_cent_of_its_theory(factor):
+def test_a_mean_field_sd_off_by_ten_per_cent_of_its_theory_is_caught(factor):
     c = compare(gaussian_fit(covariance=MEAN_FIELD * factor**2, family="mean-field"), EXACT)
     assert not c.ok
     assert c.verdict == ("do not trust" if factor > 1 else "trust the means only")
 
 
-def test_mean_field_that_fails_to_underestimate():
+def test_mean_field_that_is_not_too_narrow_is_not_trusted():
     """Right sds from a guide that cannot have them: something is not what it is said to be."""
     c = compare(gaussian_fit(covariance=np.diag(SD**2), family="mean-field"), EXACT)
     assert c.verdict == "do not trust"
@@ -147,14 +120,14 @@ def test_mean_field_that_fails_to_underestimate():
         c.assert_ok()
 
 
-def test_full_rank_as_narrow_as_mean_field():
+def test_full_rank_as_narrow_as_mean_field_fails():
     c = compare(gaussian_fit(covariance=MEAN_FIELD, family="full-rank"), EXACT)
     assert c.verdict == "trust the means only"
     with pytest.raises(AssertionError, match="sds are off"):
         c.assert_ok()
 
 
-def test_wrong_correlations():
+def test_wrong_correlations_fail():
     wrong = COVARIANCE * np.where(CORRELATION == 0.3, 0, 1)
     c = compare(gaussian_fit(covariance=wrong), EXACT)
     assert c.table["ok"].all()
@@ -165,12 +138,9 @@ def test_wrong_correlations():
         c.assert_ok()
 
 
-def test_a_point_estimate_elsewhere():
+def test_a_point_estimate_elsewhere_is_not_trusted():
     c = compare(gaussian_fit(MEAN + 0.2 * SD, 1e-40 * np.eye(3), "point"), EXACT)
     assert c.verdict == "do not trust"
-
-
-# Monte Carlo error -------------------------------------------------------------------------
 
 
 def test_limits_follow_the_reference_only_below_6400_draws():
@@ -198,10 +168,7 @@ def test_a_tenth_of_an_sd_is_still_caught_at_5000_draws():
         assert compare(fit, nuts_like(5000, seed=seed)).verdict == "do not trust"
 
 
-# Words and inputs --------------------------------------------------------------------------
-
-
-def test_not_near_gaussian_is_said_and_not_excused():
+def test_a_posterior_far_from_gaussian_is_reported_and_excuses_nothing():
     skewed = Reference.exact(NAMES, MEAN, COVARIANCE, skewness=[0, 1.2, 0])
     right = compare(gaussian_fit(covariance=MEAN_FIELD, family="mean-field"), skewed)
     assert right.ok
@@ -213,7 +180,7 @@ def test_not_near_gaussian_is_said_and_not_excused():
     assert wide.verdict == "trust the means only"  # no proof of a bug where theory is approximate
 
 
-def test_without_a_covariance():
+def test_mean_field_needs_the_covariance_of_the_reference():
     unknown = dataclasses.replace(EXACT, covariance=None)
     c = compare(gaussian_fit(covariance=MEAN_FIELD, family="mean-field"), unknown)
     assert not c.ok
@@ -234,29 +201,26 @@ def test_a_fit_that_has_not_converged_is_mentioned():
         (["a", "b"], r"2 and 3 scalars.*2: nothing / log\(c\)"),
     ],
 )
-def test_other_scalars(names, message):
+def test_references_with_other_scalars_are_refused(names, message):
     d = len(names)
     fit = gaussian_fit(MEAN[:d], COVARIANCE[:d, :d], names=names)
     with pytest.raises(ValueError, match=message):
         compare(fit, EXACT)
 
 
-def test_draws_that_are_too_few_or_not_finite():
+def test_draws_that_are_too_few_or_not_finite_are_refused():
     with pytest.raises(ValueError, match="100,000"):
         compare(gaussian_fit(), EXACT, num_draws=1000)
     with pytest.raises(ValueError, match="draws of b are not all finite"):
         compare(gaussian_fit(mean=np.array([1, np.inf, 0])), EXACT)
 
 
-def test_repr_reads_well():
+def test_the_text_has_the_verdict_and_a_row_for_each_scalar():
     text = repr(compare(gaussian_fit(), EXACT))
     assert "Verdict: trust." in text
     assert "- Every mean agrees" in text
     lines = text.splitlines()
     assert all(name in lines[2 + i] for i, name in enumerate(NAMES))
-
-
-# Real fits ---------------------------------------------------------------------------------
 
 
 def regression(X, y):
@@ -274,7 +238,7 @@ def regression(X, y):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_fits_of_a_gaussian_posterior(guide, verdict, dtype):
+def test_fits_of_a_gaussian_posterior_get_the_right_verdict(guide, verdict, dtype):
     X = torch.tensor([[1.0, 1.0], [1.0, 1.2], [1.0, 0.7], [1.0, 1.1]], dtype=torch.float64)
     y = torch.tensor([2.0, 2.5, 1.0, 2.2], dtype=torch.float64)
     covariance = torch.linalg.inv(X.T @ X / 0.25 + torch.eye(2) / 4)
@@ -286,7 +250,7 @@ def test_fits_of_a_gaussian_posterior(guide, verdict, dtype):
 
 
 @pytest.mark.parametrize("other", [None, {"mean": 0.0}, "reference.json"])
-def test_what_is_no_reference_is_named(other):
+def test_something_other_than_a_reference_is_refused(other):
     with pytest.raises(TypeError, match=r"vi\.Reference .*Reference\.nuts\(model, data\)") as error:
         compare(gaussian_fit(), other)
     assert type(other).__name__ in str(error.value)

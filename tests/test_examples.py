@@ -16,13 +16,13 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
+def test_docstring_examples_run(name):
     module = importlib.import_module(name)
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.testmod(module, optionflags=options).failed == 0
 
 
-def test_readme_examples(tmp_path, monkeypatch):
+def test_readme_examples_run(tmp_path, monkeypatch):
     """In order and in one session, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
     session = {"__name__": "__main__"}

@@ -1,4 +1,4 @@
-"""Fits as ArviZ data: the groups, the same draws in each, and what the attributes say."""
+"""A fit as ArviZ data has the same draws in every group, and attributes that say what it is."""
 
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ def fit(request):
     return vi.fit(model, AutoMultivariateNormal, data, progress=False)
 
 
-def test_groups_and_shapes(fit):
+def test_every_group_has_its_variables_and_shapes(fit):
     tree = fit.to_arviz(num_draws=50)
     assert tree["posterior"]["w"].shape == (1, 50, 2)
     assert tree["posterior"]["sigma"].shape == (1, 50)
@@ -81,7 +81,7 @@ def test_attributes_are_honest(fit):
         assert "R-hat" in attributes["note"]
 
 
-def test_labels(fit):
+def test_labels_become_dimensions_and_coordinates(fit):
     tree = fit.to_arviz(num_draws=10, dims={"w": ("predictors",)}, coords={"predictors": LABELS})
     assert tree["posterior"]["w"].dims == ("chain", "draw", "predictors")
     assert tree["posterior"]["w"].sel(predictors="bmi").shape == (1, 10)
@@ -100,7 +100,7 @@ def test_arviz_can_use_and_store_it(fit, tmp_path):
     assert np.array_equal(back["posterior"]["w"], tree["posterior"]["w"])
 
 
-def test_same_seed_same_draws_and_nothing_disturbed(fit):
+def test_a_seed_repeats_the_draws_and_leaves_the_global_state_alone(fit):
     state, dtype = torch.get_rng_state(), torch.get_default_dtype()
     one, two, other = (fit.to_arviz(num_draws=10, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)

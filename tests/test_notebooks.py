@@ -1,4 +1,4 @@
-"""Every notebook is committed as a fresh run from top to bottom leaves it (nbval runs it again)."""
+"""Every notebook is committed with the output of a fresh run from top to bottom."""
 
 import re
 from pathlib import Path
@@ -29,39 +29,39 @@ def test_there_are_notebooks():
     assert PATHS
 
 
-def test_numbers_are_a_reading_path():
+def test_the_numbers_of_the_notebooks_are_a_reading_path():
     numbers = [int(path.name.partition("_")[0]) for path in PATHS]
     assert numbers == list(range(1, len(PATHS) + 1))
 
 
-def test_is_valid(notebook):
+def test_the_notebook_is_valid(notebook):
     nbformat.validate(notebook)
 
 
-def test_ran_top_to_bottom_in_a_fresh_kernel(notebook):
+def test_the_notebook_ran_from_top_to_bottom_in_a_fresh_kernel(notebook):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
 
 
-def test_is_short(notebook):
+def test_the_notebook_is_short(notebook):
     assert len(code_cells(notebook)) <= 15
 
 
-def test_asserts_something(notebook):
+def test_the_notebook_asserts_something(notebook):
     assert any(re.search(r"^\s*assert |assert_ok\(", c.source, re.M) for c in code_cells(notebook))
 
 
-def test_shows_a_figure(notebook):
+def test_the_notebook_shows_a_figure(notebook):
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
-def test_has_neither_errors_nor_warnings(notebook):
+def test_the_notebook_has_neither_errors_nor_warnings(notebook):
     for output in outputs(notebook):
         assert output.output_type != "error", output.get("evalue")
         assert output.get("name") != "stderr", output.get("text")
 
 
-def test_has_no_absolute_path(notebook):
+def test_the_notebook_has_no_absolute_path(notebook):
     text = [cell.source for cell in notebook.cells]
     for output in outputs(notebook):
         text.append(output.get("text", ""))

@@ -1,3 +1,5 @@
+"""A saved fit can be loaded and continued exactly, and bad files are refused."""
+
 import json
 
 import numpy as np
@@ -7,8 +9,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from safetensors.torch import save_file
 
 import vi_toolkit as vi
-from tests.models import regression, regression_data, scale_model
-from tests.test_fitting import own_guide, quietly
+from tests.models import own_guide, regression, regression_data, scale_model
+from tests.support import quietly
 
 
 @pytest.mark.parametrize(
@@ -19,7 +21,7 @@ from tests.test_fitting import own_guide, quietly
     [{}, {"steps": 700}, {"steps": 100, "subsample": {"observations": 13}}],
     ids=["deterministic", "stochastic", "minibatch"],
 )
-def test_a_loaded_fit_goes_on_exactly_where_the_saved_one_was(guide, options, tmp_path):
+def test_a_loaded_fit_continues_exactly_where_the_saved_one_was(guide, options, tmp_path):
     fit = quietly(regression, guide, regression_data(), **options)
     fit.save(tmp_path / "fit")
     loaded = vi.load(tmp_path / "fit", regression, guide)
@@ -35,7 +37,7 @@ def test_a_loaded_fit_goes_on_exactly_where_the_saved_one_was(guide, options, tm
     assert all(torch.equal(fit.params[k], loaded.params[k]) for k in fit.params)
 
 
-def test_an_optimiser_of_ones_own_is_asked_for_again(tmp_path):
+def test_an_optimiser_given_as_a_function_must_be_given_again(tmp_path):
     def optimizer(leaves):
         return torch.optim.SGD(leaves, lr=1e-4, momentum=0.9)
 

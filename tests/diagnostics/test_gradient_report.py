@@ -1,3 +1,5 @@
+"""The report of gradient noise agrees with variances known in closed form."""
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -21,7 +23,7 @@ def guide():
     pyro.sample("z", dist.Normal(m, 1.0))
 
 
-def test_variances_known_in_closed_form():
+def test_the_report_agrees_with_variances_known_in_closed_form():
     """p = N(0, 1), q = N(m, 1), z = m + e. Gradients of the loss with respect to m, one particle:
 
     reparameterised  z           mean m, variance 1
@@ -51,7 +53,7 @@ def test_variances_known_in_closed_form():
     assert report.mean["Score(particles=1)"]["m"].shape == ()
 
 
-def test_the_standard_errors_are_those_of_the_report():
+def test_the_standard_errors_match_the_scatter_over_seeds():
     """Over 30 seeds the scatter of each entry is its mean standard error, within 40 % or so."""
     found = [
         vi.gradient_report(model, guide, {}, [vi.Score(4)], num_draws=100, seed=s)
@@ -64,7 +66,7 @@ def test_the_standard_errors_are_those_of_the_report():
         assert abs(np.log(values.std(ddof=1) / errors.mean())) < Z / 58**0.5
 
 
-def test_seeds_reproduce_and_streams_are_each_estimators_own():
+def test_a_seed_repeats_the_report_and_each_estimator_has_its_own_stream():
     data = regression_data(n=12)
     pair = [vi.Reparam(2), vi.Score(2, vi.RunningMean())]
     first, again = (
@@ -109,7 +111,7 @@ def test_the_order_of_the_estimators_flips_at_the_optimum():
     assert "optimum" in repr(at["optimum"]) and "start" in repr(at["init"])
 
 
-def test_sites_and_their_parameters():
+def test_gradients_are_grouped_by_site():
     data = regression_data(n=12)
     report = vi.gradient_report(
         scale_model, AutoNormal, {"y": data["y"]}, [vi.Reparam()], num_draws=10
@@ -124,7 +126,7 @@ def test_sites_and_their_parameters():
     assert "Score, naive" in point.refused and "point mass" in repr(point)
 
 
-def test_what_cannot_be_reparameterised_is_said_and_the_rest_measured():
+def test_estimators_that_cannot_be_used_are_named_and_the_others_measured():
     def discrete(y):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
         z = pyro.sample("z", dist.Bernoulli(0.3))
@@ -156,7 +158,7 @@ def test_minibatches_add_their_own_variance():
     assert a["sd"] - b["sd"] > Z * np.hypot(a["sd_se"], b["sd_se"])
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="at must be"):
         vi.gradient_report(model, guide, {}, at="end")
     with pytest.raises(ValueError, match="same name"):

@@ -1,4 +1,4 @@
-"""k-hat per datum against its known value: two latents whose correlation the datum decides."""
+"""k-hat per datum against its known value, where the datum sets the correlation of two latents."""
 
 import numpy as np
 import pyro
@@ -8,7 +8,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
-from tests.diagnostics.test_diagnostics import fitted
+from tests.support import fitted
 
 
 def sums(y, s):
@@ -39,7 +39,7 @@ def test_k_hat_per_datum_is_the_correlation_and_the_bad_one_is_named():
     assert [text.get_text() for text in axes.texts] == ["3"]
 
 
-def test_silent_on_exact_locals_even_where_the_globals_are_wrong():
+def test_exact_local_latents_raise_no_alarm_even_if_the_globals_are_wrong():
     def model(y):
         mu = pyro.sample("mu", dist.StudentT(3.0, 0.0, 1.0))
         with pyro.plate("data", len(y)):
@@ -58,7 +58,7 @@ def test_silent_on_exact_locals_even_where_the_globals_are_wrong():
     assert "all 50 data" in repr(found)
 
 
-def test_which_plate():
+def test_a_plate_that_cannot_be_used_is_refused():
     fit = fitted(sums, AutoNormal, DATA)
     with pytest.raises(ValueError, match="'data'"):
         vi.local_psis(fit, plate="q")

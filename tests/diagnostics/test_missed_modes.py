@@ -1,4 +1,4 @@
-"""Modes that a fit misses: seen where there are some, and no false alarm where the shape is odd."""
+"""Modes that a fit misses are found, and odd shapes with one mode raise no alarm."""
 
 import math
 
@@ -9,6 +9,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
+from tests.support import fitted
 
 
 def two_signs(y):
@@ -35,16 +36,12 @@ def lopsided(weight):
     return model
 
 
-def fitted(model, data=None, guide=AutoNormal):
-    return vi.fit(model, guide, data or {}, progress=False)
-
-
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_the_other_sign_and_the_other_labels_are_missed(guide):
+def test_the_other_sign_and_the_other_labels_are_reported(guide):
     """By symmetry each holds one half, up to Laplace's error: a tenth of it here."""
     y = torch.randn(60) + torch.tensor([-3.0, 3.0]).repeat(30)
     for model, data in ((two_signs, torch.tensor(9.0)), (two_components, y)):
-        fit = fitted(model, {"y": data}, guide)
+        fit = fitted(model, guide, {"y": data})
         (missed,) = vi.missed_modes(fit)
         assert missed.share == pytest.approx(0.5, abs=0.05)
         assert missed.distance > 5 and missed.furthest in missed.location
@@ -54,7 +51,7 @@ def test_the_other_sign_and_the_other_labels_are_missed(guide):
 @pytest.mark.parametrize("weight", [0.2, 0.01])
 def test_the_share_is_the_modes_mass(weight):
     """Exact for Normals: the fit is in the heavy one, whose log mass is that of its evidence."""
-    missed = vi.missed_modes(fitted(lopsided(weight)))
+    missed = vi.missed_modes(fitted(lopsided(weight), AutoNormal))
     assert [round(m.share, 2) for m in missed] == ([0.2] if weight == 0.2 else [])
 
 
@@ -77,12 +74,12 @@ def heavy():
 
 
 @pytest.mark.parametrize("model", [banana, funnel, skewed, heavy, lopsided(1e-6)])
-def test_silent_where_there_is_one_mode(model):
-    assert vi.missed_modes(fitted(model)) == []
+def test_one_mode_raises_no_alarm(model):
+    assert vi.missed_modes(fitted(model, AutoNormal)) == []
 
 
-def test_the_verdict_says_so():
-    fit = fitted(two_signs, {"y": torch.tensor(9.0)})
+def test_the_verdict_reports_a_missed_mode():
+    fit = fitted(two_signs, AutoNormal, {"y": torch.tensor(9.0)})
     diagnosis = vi.diagnose(fit, num_draws=5_000)
     assert diagnosis.verdict == "do not trust"
     assert "not the whole posterior: another mode, at z = -3" in diagnosis.reasons[0]

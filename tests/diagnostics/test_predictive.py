@@ -1,4 +1,4 @@
-"""Predictive checks: silent on data from the model, loud on data from another."""
+"""Predictive checks pass on data from the model and fail on data from another."""
 
 import numpy as np
 import pyro
@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import vi_toolkit as vi
 from recipes.logistic_regression import model as logistic_regression
 from recipes.logistic_regression import simulate
-from tests.diagnostics.test_diagnostics import fitted
+from tests.support import fitted
 from tests.tolerances import Z
 from vi_toolkit.diagnostics.predictive import spiegelhalter
 
@@ -32,7 +32,7 @@ def normal(n, seed=0):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_silent_on_the_models_own_data_and_elpd_is_exact():
+def test_data_from_the_model_pass_and_their_elpd_is_exact():
     y = 1 + normal(40)
     fit = fitted(one_mean, AutoNormal, {"y": y})
     found = vi.predictive_check(fit, num_draws=4_000)
@@ -50,7 +50,7 @@ def test_silent_on_the_models_own_data_and_elpd_is_exact():
     assert found.p_loo == pytest.approx(1, abs=0.5)
 
 
-def test_loo_corrects_for_the_guide_as_well():
+def test_leave_one_out_corrects_for_a_wrong_guide():
     """A guide twice too wide around the wrong place gives the posterior's elpd all the same."""
 
     def wide(y):
@@ -68,7 +68,7 @@ def test_loo_corrects_for_the_guide_as_well():
     assert abs(gap) < Z * np.sqrt(sum(x.var(ddof=1) / 8 for x in elpd.values()))
 
 
-def test_fires_on_a_wrong_spread_and_on_tails(tmp_path):
+def test_a_wrong_spread_and_heavy_tails_fail(tmp_path):
     wide = vi.predictive_check(fitted(one_mean, AutoNormal, {"y": 2 * normal(60)}))
     assert {"sd", "calibration"} <= set(wide.failed)
     assert "sd of the data" in repr(wide)
@@ -79,7 +79,7 @@ def test_fires_on_a_wrong_spread_and_on_tails(tmp_path):
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-def test_counts_silent_and_overdispersed_counts_fire():
+def test_poisson_counts_pass_and_overdispersed_counts_fail():
     generator = torch.Generator().manual_seed(1)
     right = torch.poisson(torch.full((150,), 4.0), generator=generator)
     found = vi.predictive_check(fitted(counts, AutoNormal, {"y": right}))
@@ -93,7 +93,7 @@ def test_counts_silent_and_overdispersed_counts_fire():
     assert "calibration" in found.failed
 
 
-def test_binary_data_calibrated_and_not(tmp_path):
+def test_calibrated_binary_data_pass_and_overconfident_predictions_fail(tmp_path):
     data, _ = simulate(0, observations=300, predictors=2)
     fit = fitted(logistic_regression, AutoMultivariateNormal, data)
     found = vi.predictive_check(fit)
@@ -113,7 +113,7 @@ def test_binary_data_calibrated_and_not(tmp_path):
     assert "calibration" in found.failed
 
 
-def test_spiegelhalter_keeps_its_level():
+def test_spiegelhalters_test_keeps_its_level():
     rng = np.random.default_rng(0)
     p = rng.uniform(0.05, 0.95, size=(500, 200))
     found = [spiegelhalter(row, (rng.uniform(size=200) < row).astype(float)) for row in p]
@@ -142,7 +142,7 @@ def test_an_influential_datum_is_named():
     assert "calibration" not in found.failed
 
 
-def test_sites():
+def test_the_observed_site_must_be_named_if_there_are_two():
     def two(x, y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(mu, 1.0).expand([3]).to_event(1), obs=x)

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: silent where the guide is right or merely narrow, loud on bias."""
+"""Simulation-based calibration finds bias and passes guides that are exact or merely narrow."""
 
 import numpy as np
 import pyro
@@ -10,8 +10,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import vi_toolkit as vi
 from recipes.logistic_regression import model as logistic_regression
 from recipes.logistic_regression import simulate
-from tests.diagnostics.test_diagnostics import SCHOOLS, eight_schools, fitted
-from tests.models import regression
+from tests.models import SCHOOLS, eight_schools, regression
+from tests.support import fitted
 from tests.tolerances import Z
 from vi_toolkit.deterministic.replications import fit_replications
 from vi_toolkit.diagnostics.vsbc import PriorPredictive, symmetry_test
@@ -54,7 +54,7 @@ def test_symmetry_test_keeps_its_level_and_ignores_width():
 PREDICTORS = torch.tensor([[1.0, 0.9], [-1.0, -1.1], [0.5, 0.4], [0.3, -0.1]]).double()
 
 
-def test_silent_on_an_exact_posterior():
+def test_an_exact_posterior_shows_no_bias():
     data = {"X": PREDICTORS, "y": torch.zeros(4).double()}
     found = vi.vsbc(regression, AutoMultivariateNormal, data, replications=300)
     assert found.batched
@@ -65,7 +65,7 @@ def test_silent_on_an_exact_posterior():
     assert (found.p**2).mean(0) == pytest.approx(1 / 3, abs=Z * np.sqrt(4 / 45 / 300))
 
 
-def test_silent_on_a_guide_that_is_only_too_narrow_but_its_spread_says_so():
+def test_a_guide_that_is_only_too_narrow_shows_no_bias_but_a_wide_spread():
     data = {"X": PREDICTORS, "y": torch.zeros(4).double()}
     found = vi.vsbc(regression, AutoNormal, data, replications=300)
     assert found.biased == []
@@ -81,7 +81,7 @@ def test_silent_on_a_guide_that_is_only_too_narrow_but_its_spread_says_so():
     assert np.abs(((found.p - 0.5) ** 2).mean(0) - v).max() < error.max()
 
 
-def test_fires_on_the_centred_eight_schools(tmp_path):
+def test_the_centred_eight_schools_show_bias(tmp_path):
     found = vi.vsbc(eight_schools, AutoNormal, SCHOOLS, replications=120)
     assert found.biased == ["log(tau)"]
     assert found.p_values[1] < 1e-3
@@ -102,7 +102,7 @@ def shifted(y):
     pyro.sample("mu", dist.Normal(y.mean() * len(y) / (1 + len(y)) + 0.4 + 0 * loc, 0.4))
 
 
-def test_any_other_guide_goes_one_by_one():
+def test_other_guides_are_fitted_one_by_one():
     """Five data: the posterior sd is 0.41, so this guide is a whole sd too high."""
     options = {"replications": 60, "progress": False}
     found = vi.vsbc(one_mean, shifted, {"y": torch.zeros(5)}, steps=1, **options)
@@ -113,7 +113,7 @@ def test_any_other_guide_goes_one_by_one():
     assert (found.p == again.p).all()
 
 
-def test_a_simulator_of_ones_own():
+def test_a_simulator_can_be_given():
     """The recipe's, with predictors that differ between data sets as well."""
     found = vi.vsbc(
         logistic_regression,
@@ -127,7 +127,7 @@ def test_a_simulator_of_ones_own():
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
-def test_fits_at_once_are_those_of_fit(guide):
+def test_batched_fits_agree_with_fit(guide):
     """To the Monte Carlo errors that both promise, 0.05 and 0.02 sd."""
     runs = [simulate(r, observations=50, predictors=2)[0] for r in range(3)]
     joint = Joint(logistic_regression, runs[0])
@@ -142,7 +142,7 @@ def test_fits_at_once_are_those_of_fit(guide):
         assert (found.sd[r] / sd).log().abs().max() < 0.07
 
 
-def test_whole_numbers_are_replaced_as_well_and_constant_twins_are_told_apart():
+def test_integer_observations_are_replaced_and_equal_constant_inputs_are_not():
     def counts(x, y):
         rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
         with pyro.plate("observations", len(y)):
@@ -163,7 +163,7 @@ def test_whole_numbers_are_replaced_as_well_and_constant_twins_are_told_apart():
     assert found.biased == []
 
 
-def test_single_precision_constants_go_one_by_one():
+def test_models_with_single_precision_constants_are_fitted_one_by_one():
     constant = torch.ones(5)
 
     def model(y):
@@ -215,7 +215,7 @@ def test_models_that_cannot_make_their_own_data_are_refused(model, said):
     assert "simulate=" in str(error.value) or "proper" in str(error.value)
 
 
-def test_prior_predictive_draws_and_leaves_the_callers_state_alone():
+def test_prior_predictive_draws_leave_the_callers_state_alone():
     y = torch.zeros(2_000)
     state = torch.get_rng_state()
     data, latents = PriorPredictive(one_mean, {"y": y}, seed=3)(7)

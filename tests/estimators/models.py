@@ -5,12 +5,14 @@ of tensors from which gradients are worked out by hand or by summing over a grid
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
+from torch.distributions import constraints
 
 N, B = 5, 2
 Y = torch.tensor([0.5, -1.0, 2.0, 0.3, 1.1], dtype=torch.float64)
@@ -188,3 +190,42 @@ def gradients(estimator, model, guide, data, draws):
 
 def flat(gradient):
     return torch.cat([g.reshape(-1) for _, g in sorted(gradient.items())])
+
+
+def conjugate(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def normal_guide(loc, scale):
+    def guide(y):
+        m = pyro.param("loc", loc.clone())
+        s = pyro.param("scale", scale.clone(), constraint=constraints.positive)
+        pyro.sample("mu", dist.Normal(m, s))
+
+    return guide
+
+
+def conjugate_posterior(y):
+    precision = 1 / 4 + len(y)
+    return y.sum() / precision, torch.tensor(precision, dtype=y.dtype).rsqrt()
+
+
+class Indexed:
+    """Bernoulli latents, one per datum, in the two ways that fit subsamples."""
+
+    y = torch.tensor([0.2, 1.4, -0.3, 0.9, 1.8, 0.1, 0.4], dtype=torch.float64)
+    data: ClassVar = {"y": y, "row": torch.arange(7)}
+
+    @staticmethod
+    def model(y, row):
+        with pyro.plate("n", len(y)) as i:
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones((), dtype=y.dtype)))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y[i])
+
+    @staticmethod
+    def guide(y, row):
+        logits = pyro.param("logits", torch.zeros(7, dtype=y.dtype))
+        with pyro.plate("n", len(y)) as i:
+            pyro.sample("z", dist.Bernoulli(logits=logits[row[i]]))

@@ -29,7 +29,7 @@ PRIORS = {
 
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize(("loc", "scale"), [(0.3, 0.5), (-1.0, 1.2)])
-def test_kl_of_a_lognormal_by_quadrature(name, loc, scale):
+def test_the_kl_of_a_lognormal_agrees_with_quadrature(name, loc, scale):
     prior, q = PRIORS[name], dist.LogNormal(loc * ONE, scale * ONE)
 
     def integrand(log_x):
@@ -54,7 +54,7 @@ def positive():
         pyro.sample("y", dist.Normal(total, ONE), obs=torch.tensor([5.0, 6.0]).double())
 
 
-def test_positive_latents_of_an_autonormal():
+def test_positive_latents_of_an_autonormal_use_the_closed_form():
     guide = AutoNormal(positive, init_scale=0.3)
     guide()
     for scale in guide.scales.parameters():
@@ -81,7 +81,7 @@ def test_positive_latents_of_an_autonormal():
     assert_unbiased(of(sampled, 50), exact)
 
 
-def test_without_a_likelihood_it_has_no_noise():
+def test_the_loss_has_no_noise_without_a_likelihood():
     def model():
         pyro.sample("x", PRIORS["Gamma"])
 

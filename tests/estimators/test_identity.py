@@ -1,4 +1,4 @@
-"""One captured sample, and the gradient worked out from it by hand: no Monte Carlo error."""
+"""Each gradient equals the one worked out by hand from the same draw, without Monte Carlo error."""
 
 import pytest
 import torch
@@ -42,14 +42,14 @@ def assert_same(found, surrogates, p):
 
 
 @PARTICLES
-def test_reparam(subsample, particles):
+def test_reparam_agrees_with_a_calculation_by_hand(subsample, particles):
     toy, found, draws, scale = step(vi.Reparam(particles), "continuous", subsample)
     p = toy.parameters()
     assert_same(found, [elbo(toy, p, *toy.redraw(p, g, z, i), i, scale) for g, z, i in draws], p)
 
 
 @PARTICLES
-def test_path_derivative(subsample, particles):
+def test_the_path_derivative_agrees_with_a_calculation_by_hand(subsample, particles):
     toy, found, draws, scale = step(vi.PathDerivative(particles), "continuous", subsample)
     p = toy.parameters()
     held = {k: v.detach() for k, v in p.items()}  # in log q only
@@ -58,7 +58,7 @@ def test_path_derivative(subsample, particles):
 
 
 @PARTICLES
-def test_analytic_kl(subsample, particles):
+def test_the_analytic_kl_agrees_with_a_calculation_by_hand(subsample, particles):
     """E_q[log p(z | g) - log q(z)] given g, by the formula for two Normals."""
     toy, model_guide = TOYS["continuous"], TOYS["continuous"].pair(subsample)
     estimator = capturing(vi.Reparam(particles, analytic_kl=True))
@@ -92,7 +92,7 @@ def score_surrogate(toy, p, g, z, i, r_g, r_z):
 
 @KINDS
 @PARTICLES
-def test_naive_score(kind, particles, subsample):
+def test_the_naive_score_agrees_with_a_calculation_by_hand(kind, particles, subsample):
     estimator = vi.Score(particles, rao_blackwell=False)
     toy, found, draws, scale = step(estimator, kind, subsample)
     p = toy.parameters()
@@ -105,7 +105,7 @@ def test_naive_score(kind, particles, subsample):
 
 @KINDS
 @PARTICLES
-def test_rao_blackwellised_score(kind, particles, subsample):
+def test_the_rao_blackwellised_score_agrees_with_a_calculation_by_hand(kind, particles, subsample):
     toy, found, draws, scale = step(vi.Score(particles), kind, subsample)
     p = toy.parameters()
     surrogates = [score_surrogate(toy, p, *draw, *signals(toy, p, *draw, scale)) for draw in draws]
@@ -113,7 +113,7 @@ def test_rao_blackwellised_score(kind, particles, subsample):
 
 
 @KINDS
-def test_leave_one_out(kind, subsample):
+def test_leave_one_out_agrees_with_a_calculation_by_hand(kind, subsample):
     toy, found, draws, scale = step(vi.Score(3, vi.LeaveOneOut()), kind, subsample)
     p = toy.parameters()
     r = [signals(toy, p, *draw, scale) for draw in draws]
@@ -127,7 +127,7 @@ def test_leave_one_out(kind, subsample):
 
 @KINDS
 @PARTICLES
-def test_running_mean_is_keyed_by_datum(kind, particles, subsample):
+def test_the_running_mean_is_keyed_by_datum(kind, particles, subsample):
     """Three steps: what a datum subtracts is the decayed mean of its own earlier signals."""
     toy = TOYS[kind]
     model, guide = toy.pair(subsample)
@@ -155,7 +155,7 @@ def test_running_mean_is_keyed_by_datum(kind, particles, subsample):
 
 @KINDS
 @pytest.mark.parametrize("per", ["factor", "coordinate"])
-def test_control_variate(kind, per, subsample):
+def test_the_control_variate_agrees_with_a_calculation_by_hand(kind, per, subsample):
     """a* of each draw from the two other draws, with the scores by hand."""
     baseline = vi.ControlVariate(per, memory=0, least_correlation=0.3)
     toy, found, draws, scale = step(vi.Score(3, baseline), kind, subsample)
@@ -200,7 +200,7 @@ def test_control_variate(kind, per, subsample):
 
 
 @PARTICLES
-def test_neural(particles, subsample):
+def test_the_neural_baseline_agrees_with_a_calculation_by_hand(particles, subsample):
     """First step: the net as it came; m = 0 and s = 1."""
     torch.manual_seed(3)
     net = torch.nn.Linear(1, 1).double()
@@ -216,7 +216,7 @@ def test_neural(particles, subsample):
 
 @pytest.mark.parametrize("scored", ["g", "z"])
 @PARTICLES
-def test_a_choice_per_site(scored, particles, subsample):
+def test_a_choice_per_site_agrees_with_a_calculation_by_hand(scored, particles, subsample):
     toy, found, draws, scale = step(vi.Score(particles, sites=[scored]), "continuous", subsample)
     p, surrogates = toy.parameters(), []
     for g, z, i in draws:
@@ -233,7 +233,7 @@ def test_a_choice_per_site(scored, particles, subsample):
     assert_same(found, surrogates, p)
 
 
-def test_enumerate(subsample):
+def test_enumerate_agrees_with_a_calculation_by_hand(subsample):
     """g captured, z summed out."""
     toy = TOYS["mixed"]
     model, guide = toy.pair(subsample)

@@ -1,4 +1,4 @@
-"""Means of gradients against quadrature and enumeration, and wrong estimators that must fail."""
+"""Mean gradients agree with quadrature and enumeration, and wrong estimators fail the same test."""
 
 import pytest
 import torch
@@ -135,7 +135,7 @@ def test_the_loss_does_not_depend_on_the_estimator(subsample, particles):
     assert all(found == losses["reparam"] for found in losses.values()), losses
 
 
-def test_the_mean_loss_is_the_exact_elbo_also_where_an_expectation_is_taken():
+def test_the_mean_loss_is_the_exact_elbo_even_where_an_expectation_is_taken():
     for kind, estimator in (
         ("continuous", vi.Reparam(64, analytic_kl=True)),
         ("mixed", vi.Enumerate()),

@@ -1,11 +1,11 @@
+"""The log joint density as a function of one unconstrained vector."""
+
 import pyro
 import pyro.distributions as dist
-import pytest
 import torch
 from pyro.infer.mcmc.util import initialize_model
 
-from tests.models import regression, regression_data, regression_posterior, scale_model
-from vi_toolkit.deterministic.modes import find_modes, hessian_product, hessians
+from tests.models import scale_model
 from vi_toolkit.programs.isolation import isolated_pyro_state
 from vi_toolkit.programs.joint import Joint
 
@@ -37,7 +37,7 @@ def test_log_density_is_minus_the_potential_of_pyros_own_nuts():
     assert max(abs(d) for d in differences) < 1e-10
 
 
-def test_names_say_the_scale():
+def test_names_of_scalars_include_their_transform():
     with isolated_pyro_state(dtype=torch.float64):
         joint = Joint(everything, {"y": torch.ones(2, dtype=torch.float64)})
     assert joint.names[:4] == ["log(sigma)", "logit(p)", "u(theta)[0]", "u(theta)[1]"]
@@ -55,7 +55,7 @@ def test_flatten_and_unflatten_are_inverse():
     assert torch.allclose(joint.flatten(draws), u, atol=1e-9)
 
 
-def test_many_points_at_once_as_one_by_one_and_bad_points_are_nan():
+def test_batched_densities_agree_with_single_ones_and_bad_points_are_nan():
     def fragile(y):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
         torch.linalg.cholesky(torch.stack([torch.stack([a, a * 0]), torch.stack([a * 0, a])]))
@@ -84,18 +84,6 @@ def test_many_points_at_once_as_one_by_one_and_bad_points_are_nan():
     assert torch.isfinite(density).tolist() == [True, False, True]
 
 
-def test_hessians_agree_with_products_and_with_the_conjugate_precision():
-    data = regression_data(dtype=torch.float64)
-    _, _, precision = regression_posterior(**data)
-    with isolated_pyro_state(dtype=torch.float64):
-        joint = Joint(regression, data)
-        u = torch.randn(2, 3)
-        h = hessians(joint, u)
-        assert torch.allclose(h, -precision.expand(2, 3, 3), atol=1e-8)
-        v = torch.randn(3)
-        assert torch.allclose(hessian_product(joint, u[0], v), h[0] @ v, atol=1e-8)
-
-
 def in_place(y):
     a = pyro.sample("a", dist.Normal(0.0, 1.0))
     path = torch.zeros(len(y))
@@ -115,26 +103,3 @@ def test_models_that_vmap_cannot_run_give_the_same_numbers():
         numerical = (joint.log_densities(u + h) - joint.log_densities(u - h)) / (2 * h)
     assert torch.allclose(gradient[:, 0], numerical, atol=1e-6)
     assert torch.isfinite(value).all()
-
-
-@pytest.mark.parametrize("units", [1.0, 1e4])
-def test_the_mode_of_a_gaussian_posterior_in_any_units(units):
-    data = regression_data(dtype=torch.float64)
-    data["X"] = data["X"] * torch.tensor([1.0, units, 1 / units])
-    mean, _, precision = regression_posterior(**data)
-    with isolated_pyro_state(dtype=torch.float64):
-        modes = find_modes(Joint(regression, data))
-    assert len(modes) == 1 and modes[0].converged
-    sd = torch.linalg.inv(precision).diagonal().sqrt()
-    assert ((modes[0].location - mean) / sd).abs().max() < 1e-6
-
-
-def test_every_mode_is_found_and_the_higher_comes_first():
-    def two_modes():
-        x = pyro.sample("x", dist.Normal(0.0, 10.0))
-        pyro.factor("bumps", torch.logaddexp(2 - 2 * (x + 4) ** 2, -2 * (x - 4) ** 2))
-
-    with isolated_pyro_state(dtype=torch.float64):
-        torch.manual_seed(0)
-        modes = find_modes(Joint(two_modes, {}))
-    assert [round(float(m.location[0])) for m in modes[:2]] == [-4, 4]

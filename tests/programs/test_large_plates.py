@@ -1,6 +1,4 @@
-"""A plate of many rows that is subsampled: checks and set-up go by minibatches of it."""
-
-import warnings
+"""A large plate that is subsampled is checked and set up by minibatches."""
 
 import pyro
 import pyro.distributions as dist
@@ -10,10 +8,11 @@ from pyro.infer.autoguide import AutoNormal
 from torch.distributions import constraints
 
 import vi_toolkit as vi
-from vi_toolkit.programs import minibatches as subsampling
+from tests.support import quietly
+from vi_toolkit.programs import minibatches
 
 ROWS, BATCH = 6_000, 50
-OPTIONS = {"subsample": {"data": BATCH}, "steps": 30, "optimizer": 0.05, "progress": False}
+OPTIONS = {"subsample": {"data": BATCH}, "steps": 30, "optimizer": 0.05}
 
 
 def data():
@@ -21,10 +20,8 @@ def data():
     return {"y": torch.poisson(torch.full((ROWS,), 3.0), generator)}
 
 
-def quietly(*args, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", vi.ConvergenceWarning)
-        return vi.fit(*args, **OPTIONS | kwargs)
+def minibatch_fit(*args, **kwargs):
+    return quietly(*args, **OPTIONS | kwargs)
 
 
 def by_slices(seen):
@@ -59,7 +56,7 @@ WAYS = pytest.mark.parametrize("way", [by_slices, by_indices])
 @WAYS
 def test_nothing_runs_on_all_rows_and_the_fit_is_the_same(way, monkeypatch):
     seen = []
-    fit = quietly(way(seen), global_guide, data())
+    fit = minibatch_fit(way(seen), global_guide, data())
     # Written with slices the model is called with all rows to find the plate's size, and to see
     # that it does not take indices: in the preflight and in the set-up.
     calls = 4 if way is by_slices else 0
@@ -69,9 +66,9 @@ def test_nothing_runs_on_all_rows_and_the_fit_is_the_same(way, monkeypatch):
     assert "log_rate" in repr(fit)
     assert seen.count(ROWS) == calls
 
-    monkeypatch.setattr(subsampling, "MANY_ROWS", ROWS)
+    monkeypatch.setattr(minibatches, "MANY_ROWS", ROWS)
     other = []
-    same = quietly(way(other), global_guide, data())
+    same = minibatch_fit(way(other), global_guide, data())
     assert other.count(ROWS) > calls
     assert (same.elbo == fit.elbo).all()
     assert all(torch.equal(same.params[name], fit.params[name]) for name in fit.params)
@@ -82,7 +79,7 @@ def test_a_bad_observation_far_down_is_named_by_its_own_row(way):
     bad = data()
     bad["y"][5_432] = -1.0
     with pytest.raises(vi.PreflightError, match=r"5432") as caught:
-        quietly(way([]), global_guide, bad)
+        minibatch_fit(way([]), global_guide, bad)
     assert caught.value.site == "y"
 
 
@@ -101,7 +98,7 @@ def guide_of_rows(y):
 @pytest.mark.parametrize("guide", [guide_of_rows, AutoNormal])
 def test_latents_of_the_rows_have_the_shapes_of_the_whole_data(guide, tmp_path):
     given = data()
-    fit = quietly(latent_rows, guide, given)
+    fit = minibatch_fit(latent_rows, guide, given)
     assert f"z[{ROWS}]" in repr(fit)
     assert fit.sample(2)["z"].shape == (2, ROWS)
     assert fit.predict(n=2)["y"].shape == (2, ROWS)
@@ -110,7 +107,7 @@ def test_latents_of_the_rows_have_the_shapes_of_the_whole_data(guide, tmp_path):
     fit.save(tmp_path / "fit")
     loaded = vi.load(tmp_path / "fit", latent_rows, guide)
     assert torch.equal(loaded.sample(2)["z"], fit.sample(2)["z"])
-    again = quietly(latent_rows, guide, given, steps=40)
+    again = minibatch_fit(latent_rows, guide, given, steps=40)
     assert (loaded.extend(10).elbo == again.elbo).all()
 
 
@@ -121,7 +118,7 @@ def test_a_model_that_computes_from_all_rows_is_refused():
             pyro.sample("y", dist.Poisson((log_rate + (y - y.mean()) / 10).exp()), obs=y)
 
     with pytest.raises(vi.PreflightError, match="computes something from all rows"):
-        quietly(model, global_guide, data())
+        minibatch_fit(model, global_guide, data())
 
 
 def test_a_guide_that_takes_no_minibatch_is_refused():
@@ -131,4 +128,4 @@ def test_a_guide_that_takes_no_minibatch_is_refused():
             pyro.sample("z", dist.Gamma(shape, 2.0))
 
     with pytest.raises(vi.PreflightError, match="cannot be subsampled"):
-        quietly(latent_rows, guide, data())
+        minibatch_fit(latent_rows, guide, data())

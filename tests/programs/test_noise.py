@@ -1,3 +1,5 @@
+"""Noise that is fixed, recorded or drawn in a batch leaves each distribution as it is."""
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -79,7 +81,7 @@ def test_a_gamma_draw_is_smooth_in_its_shape_at_fixed_noise():
     assert abs(float(slope - numerical)) < 1e-5 * abs(float(numerical))
 
 
-def test_the_same_noise_under_vmap_and_one_by_one():
+def test_fixed_noise_gives_the_same_draws_under_vmap():
     z = torch.randn(7, 4, dtype=torch.float64)
     concentration = torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
 

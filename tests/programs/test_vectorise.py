@@ -1,4 +1,4 @@
-"""Many draws at once: the same numbers as one draw at a time."""
+"""A batch of points gives the same numbers as one point at a time."""
 
 import pyro
 import pyro.distributions as dist

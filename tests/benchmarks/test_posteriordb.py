@@ -63,7 +63,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_table(folder, capsys):
+def test_the_table_has_a_row_for_each_posterior_and_guide(folder, capsys):
     failed = posteriordb.main(["--folder", str(folder), "--models", str(folder / "models.py")])
     lines = capsys.readouterr().out.splitlines()
     rows = {(line.split()[0], line.split()[1]): line.split() for line in lines[1:7]}
@@ -82,7 +82,7 @@ def test_table(folder, capsys):
     assert lines[-1].endswith("toy-unknown")
 
 
-def test_choices(folder, capsys):
+def test_guides_and_posteriors_can_be_chosen(folder, capsys):
     models = ["--folder", str(folder), "--models", str(folder / "models.py")]
     posteriordb.main([*models, "--guides", "mean-field", "--posteriors", "toy-right"])
     assert len(capsys.readouterr().out.splitlines()) == 3  # header, one row, one count
@@ -92,7 +92,7 @@ def test_choices(folder, capsys):
         posteriordb.main([*models, "--posteriors", "toy-rihgt"])
 
 
-def test_folder_from_the_environment(folder, monkeypatch):
+def test_the_folder_is_taken_from_the_environment(folder, monkeypatch):
     monkeypatch.setenv("VI_BENCH_DATA", str(folder.parent))
     folder.rename(folder.parent / "posteriordb")
     assert posteriordb.arguments([]).posteriors[0] == "broken-right"
@@ -101,7 +101,7 @@ def test_folder_from_the_environment(folder, monkeypatch):
         posteriordb.arguments([])
 
 
-def test_targets():
+def test_each_family_is_scored_against_its_own_theory():
     """Mean field is scored against its own theory, full rank against the reference."""
     draws = exact_draws()
     r = (PRECISION.diagonal() * np.linalg.inv(PRECISION).diagonal()) ** -0.5
@@ -115,7 +115,7 @@ def test_targets():
     assert not posteriordb.score(draws**3, draws**3, "full-rank").near_gaussian
 
 
-def test_columns_to_sites():
+def test_columns_are_gathered_into_sites():
     columns = {
         "a": np.arange(4),
         "b[1]": np.ones(4),

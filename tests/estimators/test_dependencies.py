@@ -1,4 +1,4 @@
-"""What may be left out of a learning signal, on models made to tempt it to leave out too much."""
+"""Rao-Blackwellisation leaves out only terms with mean zero, on models that tempt it further."""
 
 import itertools
 import math
@@ -298,13 +298,13 @@ def random_program(seed):
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda m: m.__name__)
-def test_same_mean_and_no_more_variance(make):
+def test_the_mean_stays_and_the_variance_does_not_grow(make):
     small = (60, 8) if make is filled_in_place else (120, 50)  # vmap cannot follow: a loop
     compare(*make(), *small)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_same_mean_and_no_more_variance_on_random_programs(seed):
+def test_the_mean_stays_and_the_variance_does_not_grow_on_random_programs(seed):
     compare(*random_program(seed))
 
 
@@ -368,7 +368,7 @@ def test_the_mean_is_that_of_enumeration(make):
     assert z < Z and p > FALSE_ALARM, (z, p)
 
 
-def test_what_is_read_off_a_model():
+def test_dependencies_are_read_off_the_model():
     found = dependencies.trace(*nested_plates(), (), {})
     both = frozenset({"groups", "items"})
     assert found.involved["item", ("model", "y")] == both
@@ -389,7 +389,7 @@ def test_what_is_read_off_a_model():
     assert "in place" in dependencies.trace(*filled_in_place(), (), {}).unreadable
 
 
-def test_a_value_that_steers_the_program_stops_the_reading():
+def test_a_branch_on_a_latent_value_makes_the_model_unreadable():
     def model():
         z = pyro.sample("z", dist.Bernoulli(0.5))
         pyro.sample("y", dist.Normal(1.0 if z > 0 else -1.0, 1.0), obs=torch.tensor(0.3))

@@ -1,4 +1,4 @@
-"""Chains that start at the guide: they stay where it is right, leave it where it is wrong."""
+"""Short chains started at the guide stay where it is right and leave it where it is wrong."""
 
 import math
 
@@ -10,7 +10,8 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
-from tests.diagnostics.test_diagnostics import SCHOOLS, eight_schools, fitted, gaussian
+from tests.models import SCHOOLS, eight_schools, gaussian
+from tests.support import fitted
 from tests.tolerances import Z
 from vi_toolkit.diagnostics import chains
 
@@ -28,7 +29,7 @@ def log_gammas(shape, d):
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
 @pytest.mark.parametrize("dense", [1_000, 1])  # a metric with correlations, and one without
-def test_moments_of_a_gaussian(guide, dense, monkeypatch):
+def test_chains_find_the_moments_of_a_gaussian(guide, dense, monkeypatch):
     """Mean field starts with sds of 0.44, full rank with the right ones."""
     monkeypatch.setattr(chains, "DENSE", dense)
     found = vi.warm_chains(fitted(gaussian(0.9), guide))
@@ -40,7 +41,7 @@ def test_moments_of_a_gaussian(guide, dense, monkeypatch):
     assert np.abs(found.moved).max() < 0.05 + Z * found.mean_se.max()
 
 
-def test_scales_far_apart_from_a_poor_metric():
+def test_chains_adapt_to_scales_far_apart_from_a_poor_metric():
     def model():
         pyro.sample("a", dist.Normal(0.0, torch.tensor(1e-3).double()))
         pyro.sample("b", dist.Normal(0.0, torch.tensor(1e3).double()))
@@ -53,7 +54,7 @@ def test_scales_far_apart_from_a_poor_metric():
 @pytest.mark.parametrize(
     ("shape", "d", "verdict"), [(10, 100, "trust"), (2, 40, "trust the means only")]
 )
-def test_the_verdict_in_many_dimensions(shape, d, verdict):
+def test_the_verdict_is_right_in_many_dimensions(shape, d, verdict):
     """Gaussian guides: all sds 2.4 % (shape 10) and 11 % (shape 2) too small, means right."""
     model, mean, sd = log_gammas(shape, d)
     fit = fitted(model, AutoNormal)
@@ -71,7 +72,7 @@ def test_the_verdict_in_many_dimensions(shape, d, verdict):
         assert without.chains is None
 
 
-def test_a_guide_whose_means_are_off():
+def test_chains_correct_a_mean_that_is_off():
     """A guide that may not move: half an sd away in one of 30 directions."""
     model, mean, sd = log_gammas(50, 30)
     at = torch.full((30,), mean, dtype=torch.float64)
@@ -99,12 +100,12 @@ def test_chains_in_a_funnel_are_not_used():
     assert "log(tau)" in " ".join(diagnosis.reasons)
 
 
-def test_not_run_where_they_would_take_too_long(monkeypatch):
+def test_chains_are_not_run_where_they_would_take_too_long(monkeypatch):
     monkeypatch.setattr(chains, "MOST_WORK", 10)
     assert vi.warm_chains(fitted(gaussian(0.5), AutoNormal)) is None
 
 
-def test_seed_and_nothing_left_behind():
+def test_a_seed_repeats_the_chains_and_nothing_is_left_behind():
     fit = fitted(gaussian(0.5), AutoNormal)
     state, params = torch.get_rng_state(), fit.params
     first, again, other = (vi.warm_chains(fit, seed=s) for s in (3, 3, 4))
@@ -130,7 +131,7 @@ def test_points_without_density_are_not_visited():
     assert abs(found.sd[0] - 1) < 0.02 + Z * found.sd_se[0]
 
 
-def test_figure(tmp_path):
+def test_the_figure_shows_every_scalar_and_whether_the_chains_are_usable(tmp_path):
     for name, guide in (("narrow", AutoNormal), ("right", AutoMultivariateNormal)):
         figure = vi.warm_chains(fitted(gaussian(0.9), guide)).plot()
         left, right = figure.axes

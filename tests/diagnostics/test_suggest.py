@@ -1,4 +1,4 @@
-"""The guide that is suggested is one that was fitted and found better."""
+"""A suggested guide has been fitted and found to be better."""
 
 import pyro
 import pyro.distributions as dist
@@ -7,7 +7,8 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
-from tests.diagnostics.test_diagnostics import SCHOOLS, eight_schools, fitted, gaussian
+from tests.models import SCHOOLS, eight_schools, gaussian
+from tests.support import fitted
 from tests.tolerances import Z
 from vi_toolkit.diagnostics.suggest import hierarchical
 
@@ -28,7 +29,7 @@ def test_a_full_covariance_gains_the_known_divergence():
     assert len(right.collections[0].get_offsets()) == 2
 
 
-def test_silent_where_nothing_is_better():
+def test_nothing_is_suggested_where_nothing_is_better():
     fit = fitted(gaussian(0.9), AutoMultivariateNormal)
     found = vi.suggest_guide(fit)
     assert found.best is None
@@ -38,7 +39,7 @@ def test_silent_where_nothing_is_better():
     assert nearly.best is None
 
 
-def test_non_centring_the_eight_schools():
+def test_non_centring_is_suggested_for_the_eight_schools():
     fit = fitted(eight_schools, AutoMultivariateNormal, SCHOOLS)
     assert hierarchical(fit) == ["theta"]
     found = vi.suggest_guide(fit)
@@ -50,7 +51,7 @@ def test_non_centring_the_eight_schools():
     assert found.fit.predict(5)["theta"].shape == (5, 8)
 
 
-def test_candidates_of_ones_own_and_those_that_cannot_be_fitted():
+def test_candidates_can_be_given_and_those_that_fail_are_reported():
     def broken():
         pyro.sample("q", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
 
@@ -62,7 +63,7 @@ def test_candidates_of_ones_own_and_those_that_cannot_be_fitted():
     assert list(found.table.index) == ["as it is", "mine"]
 
 
-def test_what_is_hierarchical():
+def test_only_real_latents_that_depend_on_another_latent_are_hierarchical():
     def model(y):
         scale = pyro.sample("scale", dist.HalfNormal(1.0))
         pyro.sample("free", dist.Normal(0.0, 1.0))
@@ -73,6 +74,6 @@ def test_what_is_hierarchical():
     assert hierarchical(fitted(model, AutoNormal, {"y": torch.zeros(2)}, steps=1)) == ["vector"]
 
 
-def test_the_diagnosis_points_to_it():
+def test_the_diagnosis_points_to_suggest_guide():
     found = vi.diagnose(fitted(gaussian(0.9), AutoNormal), num_draws=10_000)
     assert any("vi.suggest_guide(fit)" in step for step in found.next_steps)

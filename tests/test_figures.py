@@ -1,4 +1,4 @@
-"""Figures: what they show is what they were given, and pyplot never hears of them."""
+"""Figures show what they were given and leave pyplot alone."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from tests.test_comparison import COVARIANCE, EXACT, MEAN, MEAN_FIELD, SD, gaussian_fit
+from tests.support import COVARIANCE, EXACT, MEAN, MEAN_FIELD, SD, gaussian_fit
 from vi_toolkit.comparison import compare, plot_comparisons
-from vi_toolkit.figures import MOST_SCALARS, plot_fit
+from vi_toolkit.figures import MOST_SCALARS
+from vi_toolkit.fit_figure import plot_fit
 from vi_toolkit.reference.reference import Reference
 
 
@@ -32,7 +33,7 @@ def shown(figure):
     return [axes for axes in figure.get_axes() if axes.axison]
 
 
-def test_fit_draws_history_and_marginals():
+def test_the_figure_of_a_fit_shows_history_and_marginals():
     figure = plot_fit(fake_fit(np.linspace(-50, -10, 40), method="deterministic"))
     history, *marginals = shown(figure)
     assert [axes.get_title(loc="left") for axes in marginals] == [
@@ -68,17 +69,17 @@ def test_a_history_without_transient_is_shown_whole():
 
 
 @pytest.mark.parametrize("elbo", [[], [-5.0], [-5.0, -5.0, -5.0], [np.nan, -1e300, -4.0, -4.0]])
-def test_odd_histories(elbo):
+def test_odd_histories_can_be_drawn(elbo):
     shown(plot_fit(fake_fit(elbo)))
 
 
-def test_at_most_twelve_marginals():
+def test_at_most_twelve_marginals_are_drawn():
     figure = plot_fit(fake_fit([-1.0] * 10, {"w": torch.randn(50, 5, 5)}))
     assert len(shown(figure)) == 1 + 12
     assert "first 12 of 25" in str([s._suptitle.get_text() for s in figure.subfigs if s._suptitle])
 
 
-def test_draws_of_a_point_estimate_or_of_integers():
+def test_draws_of_a_point_estimate_or_of_integers_can_be_drawn():
     shown(plot_fit(fake_fit([-1.0] * 10, {"a": torch.zeros(50), "k": torch.arange(50)})))
 
 
@@ -124,13 +125,13 @@ def test_scales_that_can_share_an_axis_are_left_alone():
     np.testing.assert_allclose(dots.get_xdata(), [0, 1, 2], atol=0.02)
 
 
-def test_a_reference_without_quantiles():
+def test_a_reference_without_quantiles_can_be_drawn():
     r = Reference.exact(EXACT.names, MEAN, COVARIANCE, skewness=[0, 0.1, 0])
     shown(compare(gaussian_fit(), r).plot())
 
 
 @pytest.mark.parametrize("d", [1, 2, MOST_SCALARS, MOST_SCALARS + 20])
-def test_any_number_of_scalars(d):
+def test_any_number_of_scalars_can_be_drawn(d):
     names = [f"w[{i}]" for i in range(d)]
     r = Reference.exact(names, np.zeros(d), np.eye(d))
     mean = np.zeros(d)
@@ -143,7 +144,7 @@ def test_any_number_of_scalars(d):
     assert ("largest errors" in title) is (d > MOST_SCALARS)
 
 
-def test_comparisons_with_different_references():
+def test_comparisons_with_different_references_are_refused():
     other = Reference.exact(EXACT.names, MEAN + SD, COVARIANCE)
     with pytest.raises(ValueError, match="second was compared with another reference"):
         plot_comparisons(both() | {"second": compare(gaussian_fit(), other)})
