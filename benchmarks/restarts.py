@@ -148,7 +148,7 @@ def fits(name: str) -> None:
         seconds(many)  # leaves its program on disk
         at_once = seconds(many)
         # With a rule of the caller's own for when to stop they run one after the other.
-        in_turn = seconds(many, stop=lambda running: False) if many <= 10 else float("nan")
+        in_turn = seconds(many, callback=lambda look: False) if many <= 10 else float("nan")
         eager = seconds(many, compile=False) if many == 1 else float("nan")
         print(f"  {many:8}{at_once:10.1f}{in_turn:10.1f}{eager:10.1f}", flush=True)
 

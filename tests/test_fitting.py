@@ -58,8 +58,8 @@ def test_a_parameter_of_the_model_is_learnt():
     fit = fitted(model, AutoNormal, {"y": y}, steps=1500, optimizer=(rate := 0.02))
     error = (rate * 2**0.5 / (4 * len(y))) ** 0.5
     assert float(fit.params["s"].log() - y.std().log()) == pytest.approx(0, abs=Z * error)
-    plain = vi.Fit(model, AutoNormal, {"y": y}, torch.float32, 0, False)
-    assert "parameter of its own ('s')" in plain._set_up_deterministic(limits=True)
+    plain = fitted(model, AutoNormal, {"y": y}, compile=False)
+    assert plain.method == "stochastic" and "parameter of its own ('s')" in plain.why
 
 
 def test_a_guide_without_parameters_is_refused():

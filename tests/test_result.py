@@ -66,7 +66,7 @@ def test_latents_that_the_estimator_sums_out_are_not_sampled():
     assert list(fit.sample(10)) == ["mu"]
     assert fit.predict(10)["y"].shape == (10, 60)
     mean, error = fit.elbo_estimate(100)
-    with fit._isolated():
+    with fit.workspace.isolated():
         peer = torch.tensor([-TraceEnum_ELBO().loss(model, fit.guide, y) for _ in range(200)])
     assert abs(mean - float(peer.mean())) < Z * (error**2 + float(peer.var()) / 200) ** 0.5
     with pytest.raises(ValueError, match="'z', which was summed out"):

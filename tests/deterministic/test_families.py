@@ -34,7 +34,7 @@ def test_mean_field_has_exactly_the_sds_that_theory_gives(guide):
     data = regression_data()
     mean, covariance, precision = regression_posterior(**data)
     fit = vi.fit(regression, guide, data, progress=False)
-    location, scale = fit._progress.problem.q.location, fit._progress.problem.q.scale
+    location, scale = fit.run.progress.problem.q.location, fit.run.progress.problem.q.scale
     assert ((location - mean) / covariance.diagonal().sqrt()).abs().max() < 1e-4
     assert (scale * precision.diagonal().sqrt() - 1).abs().max() < 1e-4
     assert scale[0] < 0.7 * covariance[0, 0].sqrt()  # its known bias: too narrow

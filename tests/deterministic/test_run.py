@@ -16,7 +16,7 @@ def test_an_interrupted_deterministic_fit_can_be_extended_to_the_same_end(monkey
 
     y = {"y": torch.randn(12, generator=torch.Generator().manual_seed(0))}
     whole = vi.fit(scale_model, AutoMultivariateNormal, y, progress=False)
-    assert whole._progress.rounds >= 2
+    assert whole.run.progress.rounds >= 2
     original, calls = deterministic.solve, 0
 
     def interrupted(*args, **kwargs):
@@ -40,9 +40,9 @@ def test_extend_doubles_the_draws_of_a_deterministic_fit():
     fit = vi.fit(scale_model, AutoNormal, {"y": torch.randn(9)}, progress=False)
     with pytest.raises(ValueError, match="deterministic"):
         fit.extend(100)
-    draws = fit._progress.num_draws
+    draws = fit.run.progress.num_draws
     fit.extend()
-    assert fit._progress.num_draws == 2 * draws
+    assert fit.run.progress.num_draws == 2 * draws
 
 
 def test_a_model_with_single_precision_constants_of_its_own_still_runs():
@@ -54,7 +54,7 @@ def test_a_model_with_single_precision_constants_of_its_own_still_runs():
             pyro.sample("y", dist.Normal(constants @ w, 1.0), obs=y)
 
     fit = quietly(model, AutoMultivariateNormal, {"y": torch.randn(60)})
-    assert fit.method == "deterministic" and fit._dtype == torch.float32
+    assert fit.method == "deterministic" and fit.workspace.dtype == torch.float32
     mean, covariance, _ = regression_posterior(constants, fit.data["y"])
     found = fit.guide.get_posterior().mean.detach().double()
     assert ((found - mean) / covariance.diagonal().sqrt()).abs().max() < 0.02

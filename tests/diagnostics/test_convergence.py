@@ -24,9 +24,9 @@ def test_r_hat_fires_on_a_drift_and_is_silent_on_noise():
     assert effective_size(np.cumsum(noise, 0)) < 10
 
 
-def test_the_stopping_rule_stops_a_fit():
+def test_a_callback_that_returns_true_ends_a_fit():
     model = gaussian(0.5)
-    fit = fitted(model, AutoNormal, optimizer=0.05, stop=vi.when_converged(error=0.3))
+    fit = fitted(model, AutoNormal, optimizer=0.05, callback=lambda look: look.error < 0.3)
     assert fit.monte_carlo_error <= 0.3
     found = vi.convergence(fit)
     assert found.r_hat < 1.1

@@ -104,7 +104,7 @@ def test_a_loaded_fit_continues_bit_for_bit(name, subsample, tmp_path):
     for other in (part, loaded):
         assert np.array_equal(whole.elbo, other.elbo)
         assert torch.equal(whole.params["logits"], other.params["logits"])
-    mine, theirs = whole._stochastic.estimator.state(), loaded._stochastic.estimator.state()
+    mine, theirs = whole.run.stages.estimator.state(), loaded.run.stages.estimator.state()
     assert mine.keys() == theirs.keys() and (mine or name in ("none", "leave one out"))
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert estimator.state() == {}  # what a fit's estimator learns is the fit's own
@@ -123,7 +123,7 @@ def test_a_net_must_be_given_again_and_then_continues_bit_for_bit(tmp_path):
     loaded = vi.load(tmp_path / "fit", Indexed.model, Indexed.guide, estimator=estimator)
     assert np.array_equal(loaded.extend(25).elbo, whole.elbo)
     assert torch.equal(net.weight, start)  # the caller's net is copied
-    learnt = whole._stochastic.estimator.state()["z/net weight"]
+    learnt = whole.run.stages.estimator.state()["z/net weight"]
     assert not torch.equal(learnt, start)
 
 

@@ -24,7 +24,7 @@ def test_minibatches_reach_the_posterior_with_either_way_of_writing_the_model():
     mean, _, precision = regression_posterior(**data)
     for model, cut in ((regression, ["X", "y"]), (indexed, None)):
         fit = quietly(model, AutoNormal(model), data, subsample={"observations": 50}, steps=6000)
-        assert fit.method == "stochastic" and fit._stochastic.plan.cut == cut
+        assert fit.method == "stochastic" and fit.run.stages.plan.cut == cut
         location, scale, n = moments(fit)
         sd = precision.diagonal().rsqrt()
         # 6,000 steps leave the averaged iterate within about 0.05 sd (that is measured below).
@@ -67,8 +67,8 @@ def test_the_cost_of_a_minibatch_does_not_grow_with_the_data():
 
     data = regression_data(n=50_000)
     fit = quietly(regression, AutoNormal, data, subsample={"observations": 20}, steps=2)
-    running = fit._stochastic
-    with fit._isolated(), Largest() as seen:
+    running = fit.run.stages
+    with fit.workspace.isolated(), Largest() as seen:
         running.one_step()
     assert 0 < seen.largest <= 20 * 3
 
@@ -107,7 +107,7 @@ def test_every_datum_counts_once_in_minibatches_of_one_row():
     at = poutine.condition(model, {"mu": torch.tensor(0.4)})
     parts = []
     for row in range(40):
-        minibatch, handler = fit._stochastic.plan.apply(data, torch.tensor([row]))
+        minibatch, handler = fit.run.stages.plan.apply(data, torch.tensor([row]))
         with handler:
             parts.append(poutine.trace(at).get_trace(**minibatch).log_prob_sum())
     whole = poutine.trace(at).get_trace(**data).log_prob_sum()

@@ -157,7 +157,7 @@ def test_conditional_guide_misses_only_the_law_of_tau(fits):
     data = load_data()
     values = {k: v[:5] for k, v in fit.sample(5, seed=1).items()}
     ratios = []
-    with fit._isolated():
+    with fit.workspace.isolated():
         for i in range(5):
             point = {"tau": values["tau"][0], "mu": values["mu"][i], "z": values["z"][i]}
             q = poutine.trace(poutine.condition(fit.guide, point)).get_trace(**data).log_prob_sum()

@@ -69,7 +69,7 @@ def predictions(fits):
 def moments(fit):
     """Mean (31,) and covariance (31, 31) of a fitted Gaussian, from its parameters."""
     params = {name.partition(".")[2]: value.numpy() for name, value in fit.params.items()}
-    if fit.family == "full-rank":
+    if fit.guide_family == "full-rank":
         root = params["scale"][:, None] * params["scale_tril"]
         return params["loc"], root @ root.T
     loc, scale = (

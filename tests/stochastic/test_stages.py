@@ -40,7 +40,7 @@ def test_an_unfinished_stochastic_fit_warns():
             AutoNormal,
             regression_data(),
             method="stochastic",
-            stop=lambda running: True,
+            callback=lambda look: True,
             progress=False,
         )
 
@@ -100,7 +100,7 @@ def test_ctrl_c_returns_the_fit_so_far(monkeypatch):
 @pytest.mark.parametrize("family", [AutoDelta, AutoNormal])
 def test_measuring_the_fisher_scale_leaves_the_random_state_unchanged(family):
     fit = quietly(regression, family, regression_data(n=20), steps=5)
-    with fit._isolated():
+    with fit.workspace.isolated():
         before = torch.get_rng_state()
-        fit._stochastic.fisher_scale()
+        fit.run.stages.fisher_scale()
         assert torch.equal(torch.get_rng_state(), before)
