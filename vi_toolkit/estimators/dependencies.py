@@ -60,7 +60,8 @@ class Dependencies:
     Attributes:
         latents: sites that the guide draws, in its order.
         involved: (latent, term) -> the plates along which each entry of the term involves only the
-            entry of the latent with the same index. An absent pair is independent.
+            entry of the latent with the same index. If a pair is absent, the term does not involve
+            the latent.
         parents: term -> latents that it is computed from directly.
         descendants: latent -> the latent itself, and those whose distribution in the guide depends
             on it.
