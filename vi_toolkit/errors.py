@@ -74,6 +74,10 @@ class ConvergenceWarning(UserWarning):
     """The fit stopped before its optimum was reached to the promised accuracy."""
 
 
+class PrivateNameError(VIError, AttributeError):
+    """The installed Pyro has no longer a private name that vi_toolkit uses; says what is lost."""
+
+
 class CompileError(VIError, RuntimeError):
     """A step cannot be compiled; the message says why."""
 

@@ -14,7 +14,7 @@ from tests.estimators.checks import FALSE_ALARM, mean_test, total_variance
 from tests.estimators.models import flat, gradients
 from tests.tolerances import Z
 from vi_toolkit.estimators import dependencies
-from vi_toolkit.estimators.particles import Given, run
+from vi_toolkit.estimators.particles import Given, trace_model_and_guide
 from vi_toolkit.programs.sites import is_drawn
 
 
@@ -357,7 +357,7 @@ def test_the_mean_is_that_of_enumeration(make):
         for name, value in latents.items():
             values[name] = bits[: value.numel()].reshape(value.shape)
             bits = bits[value.numel() :]
-        traces = run(model, guide, (), {}, Given(values))
+        traces = trace_model_and_guide(model, guide, (), {}, Given(values))
         weight = sum(traces[1].nodes[n]["fn"].log_prob(values[n]).sum() for n in latents).exp()
         elbo = elbo + weight * (traces[0].log_prob_sum() - traces[1].log_prob_sum())
     leaves = dict(sorted(pyro.get_param_store().named_parameters()))

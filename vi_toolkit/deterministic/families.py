@@ -24,6 +24,7 @@ from pyro.infer.autoguide import (
 from torch.distributions import transform_to
 
 from vi_toolkit.programs.joint import Joint
+from vi_toolkit.pyro_private import unconstrained_parameter
 
 
 def positive_definite(precision: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
@@ -335,15 +336,9 @@ def guide_family(guide: object) -> str | None:
 
 def set_parameter(module: Any, name: str, value: torch.Tensor) -> None:
     """Set a parameter of a Pyro module in place, through its constraint if it has one."""
-    *path, last = name.split(".")
-    for step in path:
-        module = getattr(module, step)
+    leaf, constraint = unconstrained_parameter(module, name)
     with torch.no_grad():
-        if last in module._pyro_params:
-            constraint = module._pyro_params[last][0]
-            getattr(module, last + "_unconstrained").copy_(transform_to(constraint).inv(value))
-        else:
-            getattr(module, last).copy_(value)
+        leaf.copy_(transform_to(constraint).inv(value))
 
 
 def write_to_guide(guide: AutoGuide, joint: Joint, q: Family) -> None:

@@ -1,12 +1,12 @@
-r"""Baselines: what is subtracted from the learning signal of a score-function gradient.
+r"""Baselines, which are subtracted from the learning signal of a score-function gradient.
 
 The score of a latent multiplies its learning signal R, the sum of the ELBO's terms that involve
-the latent. As the score has mean zero, :math:`E[\nabla \log q(z)\,(R - b)]` is the same for every
-b that does not depend on the draw z it is used with, and a good b makes its variance small. Each
-baseline here gets b from elsewhere: from earlier steps, from the other particles, from the data.
+the latent. The score has mean zero, so :math:`E[\nabla \log q(z)\,(R - b)]` is the same for every
+b that does not depend on the draw z, and a good b makes the variance small. The baselines here
+compute b from other things than z: from earlier steps, from the other particles, from the data.
 
-What a baseline learns is kept per element of the site (per datum, inside a data plate), keyed by
-the datum's index in the plate, not by its place in the minibatch.
+A baseline keeps what it learns for each element of the site. Inside a data plate that is for each
+datum, by its index in the plate and not by its position in the minibatch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ State = dict[str, torch.Tensor]
 
 @dataclass
 class Signal:
-    """What a baseline sees of one score site at one step. Nothing here carries a gradient.
+    """The input of a baseline for one score site at one step, without gradients.
 
     Attributes:
         site: name of the site.
         signal: R divided by the site's scale, shape (S, *elements): particles, then the site's
             plates and independent coordinates.
-        scores: () -> name -> score with respect to one of the distribution's own parameters,
-            shape (S, *elements, *what one element has of it); None where they are not known.
+        scores: function without arguments. It returns a dict from each parameter of the
+            distribution to the score with respect to it, shape (S, *elements, *shape of that
+            parameter for one element), or None if they are unknown.
         rows: axis of ``elements`` -> (indices of the data in the minibatch, number of data).
         data: keyword arguments of model and guide.
         cut: whether ``data`` hold the minibatch only.
@@ -43,7 +44,7 @@ class Signal:
     cut: bool = False
 
     def full_shape(self, shape: torch.Size) -> torch.Size:
-        """Shape (*elements, ...) with every minibatch replaced by all the data."""
+        """The shape (*elements, ...) for all the data instead of the minibatch."""
         full = list(shape)
         for axis, (_, size) in self.rows.items():
             full[axis] = size
@@ -57,11 +58,11 @@ class Signal:
         return tuple(index)
 
     def get(self, kept: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The minibatch's part, of the given shape, of a kept tensor."""
+        """The minibatch's part of a kept tensor, of the given shape."""
         return kept[self._index(shape)] if self.rows else kept
 
     def put(self, kept: torch.Tensor, new: torch.Tensor) -> None:
-        """Write the minibatch's part of a kept tensor, in place; never a non-finite number."""
+        """Write the finite entries of ``new`` into the minibatch's part of a kept tensor."""
         new = torch.where(new.isfinite(), new, self.get(kept, new.shape))
         if self.rows:
             kept.index_put_(self._index(new.shape), new)
@@ -70,23 +71,23 @@ class Signal:
 
 
 class Baseline:
-    """Base of the baselines: no baseline at all."""
+    """Base class of the baselines, and a baseline of zero."""
 
     least_particles = 1
 
     def start(self, signal: Signal) -> State:
-        """Tensors that the baseline keeps for one site, before the first step."""
+        """The tensors that the baseline keeps for one site, as they are before the first step."""
         return {}
 
     def __call__(
         self, signal: Signal, state: State
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The baseline of one step, and an update of ``state`` in place.
+        """Compute the baseline of one step, and update ``state`` in place.
 
         Returns:
-            b, broadcastable to the signal's shape (S, *elements), and corrections: name of a
-            parameter of the distribution -> what to subtract from the gradient with respect to
-            it, shape (S, *elements, ...).
+            b, which broadcasts to the signal's shape (S, *elements), and a dict of corrections:
+            name of a parameter of the distribution -> tensor to subtract from the gradient with
+            respect to it, shape (S, *elements, ...).
         """
         return torch.zeros((), dtype=signal.signal.dtype), {}
 
@@ -108,8 +109,8 @@ class RunningMean(Baseline):
 
     .. math:: b_t = \frac{\sum_{s<t} \gamma^{t-1-s} \bar R_s}{\sum_{s<t} \gamma^{t-1-s}}
 
-    over the visits to the element, with :math:`\bar R_s` the mean over particles; zero at the
-    first visit.
+    where :math:`\bar R_s` is the mean over particles. Steps count for an element only if it is in
+    their minibatch; at the first of them the baseline is zero.
 
     Args:
         decay: gamma, in [0, 1).
@@ -154,8 +155,8 @@ class LeaveOneOut(Baseline):
 
     .. math:: b_s = \frac{1}{S - 1} \sum_{s' \ne s} R_{s'}
 
-    Keeps nothing from step to step, so it suits subsampled, per-datum latents. Needs at least two
-    particles.
+    It keeps nothing from step to step, so it suits local latents of subsampled data. It needs at
+    least two particles.
 
     References:
         Kool, van Hoof and Welling, "Buy 4 REINFORCE Samples, Get a Baseline for Free!", 2019;
@@ -177,32 +178,32 @@ class LeaveOneOut(Baseline):
 
 
 class ControlVariate(Baseline):
-    r"""The score itself as a control variate, with its best coefficient (BBVI, 2014).
+    r"""The score as a control variate, with its optimal coefficient (BBVI, 2014).
 
-    With :math:`f_d = h_d R` the gradient and :math:`h_d = \partial_{\phi_d} \log q(z_i)` the score
-    with respect to parameter d of factor i, :math:`f_d - a h_d` has the same mean for every a and
-    the smallest variance at
+    Let :math:`h_d = \partial_{\phi_d} \log q(z_i)` be the score with respect to parameter d of
+    factor i, and :math:`f_d = h_d R` the gradient. Then :math:`f_d - a h_d` has the same mean for
+    every a, and the smallest variance at
 
     .. math:: a^* = \frac{\sum_d \mathrm{Cov}(f_d, h_d)}{\sum_d \mathrm{Var}(h_d)}
               = \frac{\sum_d E[h_d^2 R]}{\sum_d E[h_d^2]}, \qquad (E[h_d] = 0)
 
-    one a per factor, or (without the sums) one per coordinate d. The moments come from the other
-    particles of the step and from earlier steps, never from the draw that a is used with: with
-    its own draw, the gradient would be biased by O(1/S). a is used only where the squared
-    correlation of f and h in those same moments supports it, and is zero elsewhere.
+    with one a per factor or, without the sums, one per coordinate d. The moments are estimated from
+    the other particles of the step and from earlier steps. They never include the draw that a is
+    used with, which would bias the gradient by O(1/S). Where the squared correlation of f and h in
+    these moments is too small, a is zero.
 
-    The factors are the single coordinates of a site (elements of its plates and independent
-    dimensions); their parameters are the distribution's own (``loc`` and ``scale``, ``logits``).
-    Where a distribution does not show its parameters, h is taken to be constant in size, which
-    makes a the mean of R.
+    A factor is one coordinate of a site: one element of its plates and independent dimensions. Its
+    parameters are those of the distribution (``loc`` and ``scale``, ``logits``). If a distribution
+    does not expose them, h is taken as constant, so that a is the mean of R.
 
     Args:
-        per: "factor" (the paper) or "coordinate" (its authors' code for deep exponential
-            families).
-        memory: weight of the earlier steps' moments, shrinking by this factor per visit; 0 for
-            this step's other particles only (two or more are then needed).
-        least_correlation: of f and h, squared, below which a is not used. The authors' code has
-            0.5.
+        per: "factor", as in the paper, or "coordinate", as in its authors' code for deep
+            exponential families.
+        memory: factor by which the weight of earlier moments shrinks each time that the element
+            is in the minibatch; 0 to use the other particles of this step only, of which there
+            must then be at least one.
+        least_correlation: squared correlation of f and h below which a is zero; 0.5 in the
+            authors' code.
 
     References:
         Ranganath, Gerrish and Blei, "Black Box Variational Inference", 2014; Ranganath, Tang,
@@ -234,7 +235,7 @@ class ControlVariate(Baseline):
         return f"ControlVariate({', '.join(given)})"
 
     def _moments(self, signal: Signal) -> dict[str, torch.Tensor]:
-        """Per particle: h^2, h^2 R, h^2 R^2, h R and the count, by name of the parameter."""
+        """h^2, h^2 R, h^2 R^2 and h R of each particle and parameter, and a count of one each."""
         scores = signal.scores()
         if scores is None:
             scores = {"": torch.ones_like(signal.signal)}
@@ -302,7 +303,7 @@ class ControlVariate(Baseline):
         squared: torch.Tensor,
         n: torch.Tensor,
     ) -> torch.Tensor:
-        """a* from sums over n draws, or 0 where corr^2 = Cov^2 / (Var f Var h) is too small.
+        """a* from sums over n draws, but 0 where corr^2 = Cov^2 / (Var f Var h) is too small.
 
         ``squared`` is (sum of h R)^2; Var f = (sum h^2 R^2 - squared / n) / n.
         """
@@ -317,20 +318,20 @@ class Neural(Baseline):
 
     .. math:: b_n = m + s\, C_\psi(x_n)
 
-    with m and s the running mean and standard deviation of R, and :math:`\psi` trained by Adam on
-    :math:`((R_n - m) / s - C_\psi(x_n))^2`. This is where the variance is normalised: the net
-    sees a target of unit variance whatever the model's scale. (The paper also divides the learning
-    signal itself by s, which rescales the gradient; here it stays unbiased.)
+    where m and s are the running mean and standard deviation of R. Adam fits :math:`\psi` by the
+    loss :math:`((R_n - m) / s - C_\psi(x_n))^2`, so that the network's target has unit variance
+    whatever the scale of the model. (The paper also divides the learning signal by s, which
+    rescales the gradient. Here the gradient stays unbiased.)
 
-    The net is copied, one copy per site; it is trained within the estimator's step, outside the
-    parameter store and the optimiser of the fit.
+    Each site gets its own copy of the network, trained as part of the estimator's step. The network
+    is neither in the parameter store nor in the optimiser of the fit.
 
     Args:
         net: module from ``inputs`` to one number per datum: (n, ...) -> (n, 1); or to any shape
             that broadcasts to the site's elements, such as (n, K) for K coordinates.
-        inputs: name of the entry of the data to give to the net, first dimension the datum; or a
-            function from all of them (a dict) to such a tensor.
-        learning_rate: of Adam.
+        inputs: name of the data entry to give to the network, with one datum per row; or a
+            function from the dict of all data to such a tensor.
+        learning_rate: step size of Adam.
         decay: of the running mean and variance.
 
     References:
@@ -404,8 +405,8 @@ class Neural(Baseline):
             x = data[self.inputs]
         else:
             raise ValueError(
-                f"the baseline of site {signal.site!r} wants the data entry {self.inputs!r}; there "
-                f"are {sorted(data)} (model and guide take them by keyword)"
+                f"the baseline of site {signal.site!r} needs the data entry {self.inputs!r}, but "
+                f"the entries are {sorted(data)}; pass model and guide their data by keyword"
             )
         for rows, size in signal.rows.values():
             if x.shape[0] == size and not signal.cut:

@@ -1,17 +1,17 @@
-"""Which terms of the ELBO involve which latent: the ground of Rao-Blackwellisation.
+"""Finds which terms of the ELBO involve which latent, for Rao-Blackwellisation.
 
-The score of :math:`z_i` need only multiply the terms of log p - log q that involve :math:`z_i`,
-or a latent that the guide draws given :math:`z_i`: by the law of total expectation all others
-have mean zero against it. What involves what is read off an actual run, never declared:
+The score of :math:`z_i` need only multiply those terms of log p - log q that involve :math:`z_i`
+or a latent that the guide draws given :math:`z_i`. By the law of total expectation, its product
+with any other term has mean zero. Nobody declares these dependencies; they are found by running
+model and guide:
 
-* *between sites*, by provenance (Wingate et al., 2011; which inputs a tensor was computed from)
-  together with reachability in the autograd graph, which sees what provenance does not
-  (custom functions);
-* *within a plate*, index by index, by exchanging the latent's values at some of the indices: a
-  term that then changes at another index mixes them, and is not split along that plate.
+* *between sites*, by provenance, which records the inputs that a tensor was computed from (Wingate
+  et al., 2011), and by the autograd graph, which also sees through custom functions;
+* *within a plate*, index by index: the latent's values at some indices are exchanged for others. A
+  term that then changes at another index mixes the indices, and is not split along that plate.
 
-Where the run cannot be read (a value steers the program, tensors are filled in place), everything
-is taken to depend on everything, which is always right.
+Where this is impossible, because the program branches on a latent's value or fills tensors in
+place, every term is taken to depend on every latent, which is always correct.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import Independent, biject_to
 from torch.overrides import TorchFunctionMode
 
-from vi_toolkit.estimators.particles import Given, log_density, run
+from vi_toolkit.estimators.particles import Given, log_density, trace_model_and_guide
 from vi_toolkit.programs.isolation import kept_random_state
 from vi_toolkit.programs.sites import Site, is_drawn, is_point, is_term, plate_dims
 
-# Shares of a plate's indices whose values are exchanged. A single index cannot cancel itself, as
-# two can in a sum; many see what one index alone may not reach.
+# Shares of a plate's indices whose values are exchanged; 0 stands for a single index. Two changes
+# can cancel in a sum, one cannot. Many reach more terms than one.
 EXCHANGED = (0.0, 0.0, 0.25, 0.5, 0.5)
 Key = tuple[str, str]  # owner ("model" or "guide"), site
-_LEAVES_TENSORS = {
+# Functions whose results depend on values but are no longer tracked.
+_UNTRACKED = {
     "__bool__",
     "__int__",
     "__float__",
@@ -54,16 +55,19 @@ _LEAVES_TENSORS = {
 
 @dataclass
 class Dependencies:
-    """What involves what.
+    """Which terms of the ELBO involve which latent.
 
     Attributes:
         latents: sites that the guide draws, in its order.
-        involved: (latent, term) -> the plates along which the term's index matches the latent's;
-            pairs that are absent do not involve each other.
+        involved: (latent, term) -> the plates along which each entry of the term involves only the
+            entry of the latent with the same index. If a pair is absent, the term does not involve
+            the latent.
         parents: term -> latents that it is computed from directly.
-        descendants: latent -> latents whose distribution in the guide depends on it, and itself.
-        coordinatewise: latents whose own prior splits over independent coordinates as they do.
-        unreadable: why everything is taken to depend on everything; empty if it is not.
+        descendants: latent -> the latent itself, and those whose distribution in the guide depends
+            on it.
+        coordinatewise: latent -> its prior in the model, where both are products over the same
+            independent coordinates.
+        unreadable: why every term is taken to depend on every latent; empty if it is not.
     """
 
     latents: list[str]
@@ -75,22 +79,27 @@ class Dependencies:
 
 
 def trace(model: Any, guide: Any, args: Any, kwargs: Any) -> Dependencies:
-    """Run model and guide a few times and report their dependencies. Draws no caller's randomness."""
+    """Run model and guide a few times, and find their dependencies.
+
+    The caller's random state does not change.
+    """
     with kept_random_state(), pyro.validation_enabled(False):
         with torch.no_grad():
-            traces = run(model, guide, args, kwargs)
+            traces = trace_model_and_guide(model, guide, args, kwargs)
         dependencies = Dependencies([n for n, s in traces[1].nodes.items() if is_drawn(s)])
         tracker = _Tracker()
         try:
-            with torch.enable_grad(), _Watch() as watch:
-                model_trace, guide_trace = run_tracked(model, guide, args, kwargs, tracker)
+            with torch.enable_grad(), _LostProvenance() as lost:
+                model_trace, guide_trace = trace_model_and_guide(
+                    model, guide, args, kwargs, tracker
+                )
                 dependencies.parents = {
                     (owner, name): tracker.parents(log_density(site))
                     for owner, trace in (("model", model_trace), ("guide", guide_trace))
                     for name, site in trace.nodes.items()
                     if is_term(site)
                 }
-            dependencies.unreadable = watch.found
+            dependencies.unreadable = lost.reason
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             dependencies.unreadable = f"provenance tracking failed: {error}".split("\n")[0]
         if dependencies.unreadable:
@@ -112,14 +121,8 @@ def trace(model: Any, guide: Any, args: Any, kwargs: Any) -> Dependencies:
         return dependencies
 
 
-def run_tracked(
-    model: Any, guide: Any, args: Any, kwargs: Any, tracker: _Tracker
-) -> tuple[Any, Any]:
-    return run(model, guide, args, kwargs, tracker)
-
-
 class _Tracker(Messenger):
-    """Mark every value that the guide draws, and nothing else, with the name of its site."""
+    """Marks every value that the guide draws, and nothing else, with the name of its site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,6 +138,7 @@ class _Tracker(Messenger):
         msg["value"] = ProvenanceTensor(value, frozenset({msg["name"]}))
 
     def parents(self, log_prob: torch.Tensor) -> set[str]:
+        """The latents that a log density was computed from."""
         found = set(get_provenance(log_prob))
         plain = detach_provenance(log_prob)
         if plain.requires_grad and self.leaves:
@@ -145,22 +149,26 @@ class _Tracker(Messenger):
         return found
 
 
-class _Watch(TorchFunctionMode):
-    """Note where a marked value leaves the tensors (steers the program) or enters one in place."""
+class _LostProvenance(TorchFunctionMode):
+    """Records where a marked value escapes tracking: in a branch, or by filling a tensor in place.
 
-    found = ""
+    Attributes:
+        reason: the last such place, as part of a sentence; empty if there is none.
+    """
+
+    reason = ""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _LEAVES_TENSORS and get_provenance([args, kwargs]):
+        if name in _UNTRACKED and get_provenance([args, kwargs]):
             sites = ", ".join(sorted(get_provenance([args, kwargs])))
-            self.found = f"the value of {sites} steers the program (Tensor.{name})"
+            self.reason = f"the value of {sites} steers the program (Tensor.{name})"
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if in_place and args:
             lost = get_provenance([list(args[1:]), kwargs]) - get_provenance(args[0])
             if lost:
-                self.found = f"a tensor is filled in place with {', '.join(sorted(lost))}"
+                self.reason = f"a tensor is filled in place with {', '.join(sorted(lost))}"
         return func(*args, **kwargs)
 
 
@@ -172,7 +180,7 @@ def _connect(
     kwargs: Any,
     traces: tuple[Any, Any],
 ) -> None:
-    """Close the guide's dependencies, and find along which plates each pair of them matches."""
+    """Follow dependencies through the guide, and find the plates along which indices match."""
     model_trace, guide_trace = traces
     sites = {("model", n): s for n, s in model_trace.nodes.items() if is_term(s)}
     sites |= {("guide", n): s for n, s in guide_trace.nodes.items() if is_term(s)}
@@ -182,7 +190,7 @@ def _connect(
     mixes = _mixing(dependencies, model, guide, args, kwargs, traces)
 
     def matched(latent: str, key: Key, via: str, kept: set[Any]) -> set[Any]:
-        """Plates kept on the way from ``latent`` through ``via`` to the term."""
+        """Plates along which indices match from ``latent`` through ``via`` to the term."""
         return kept & set(plate_dims(sites[key]).items()) - mixes.get((via, key), set())
 
     for latent in dependencies.latents:
@@ -214,7 +222,7 @@ def _mixing(
     kwargs: Any,
     traces: tuple[Any, Any],
 ) -> dict[tuple[str, Key], set[tuple[str, int]]]:
-    """(latent, term) -> the plates (name, dim) along which the term mixes the latent's indices."""
+    """(latent, term) -> the plates, as (name, dim), along which the term mixes indices."""
     found: dict[tuple[str, Key], set[tuple[str, int]]] = {}
     guide_trace = traces[1]
     values = {name: guide_trace.nodes[name]["value"] for name in dependencies.latents}
@@ -226,7 +234,9 @@ def _mixing(
 
     def densities(given: Mapping[str, torch.Tensor]) -> dict[Key, torch.Tensor]:
         with Given(subsamples):
-            model_trace, guide_trace = run(model, guide, args, kwargs, Given(given))
+            model_trace, guide_trace = trace_model_and_guide(
+                model, guide, args, kwargs, Given(given)
+            )
         return {
             (owner, n): log_density(s)
             for owner, trace in (("model", model_trace), ("guide", guide_trace))
@@ -261,7 +271,7 @@ def _mixing(
 
 
 def _another(site: Site) -> torch.Tensor:
-    """Another possible value of a latent, different at every index."""
+    """Another possible value of a latent, different at every index if it can be."""
     fn, value = site["fn"], site["value"]
     if fn.has_enumerate_support:
         support = fn.enumerate_support(expand=False)
@@ -275,7 +285,10 @@ def _another(site: Site) -> torch.Tensor:
 
 
 def _own_prior(latent: str, guide: Any, guide_trace: Any, model_trace: Any) -> str:
-    """The model's site with the latent's own coordinates, if its prior splits over them."""
+    """Name of the latent's prior in the model if both are products over the same coordinates.
+
+    Otherwise "".
+    """
     name, fn = latent, guide_trace.nodes[latent]["fn"]
     if isinstance(guide, AutoNormal):
         name = latent.removesuffix("_unconstrained")

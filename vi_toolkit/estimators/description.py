@@ -1,4 +1,4 @@
-"""Estimators as names and numbers, and back: what a saved fit keeps of them."""
+"""Estimators as plain data and back, for saved fits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vi_toolkit.estimators.path_derivative import PathDerivative
 from vi_toolkit.estimators.reparam import Reparam
 from vi_toolkit.estimators.score import Score
 
-# These can be made again from numbers and names; a network (Neural) or an ELBO of Pyro's cannot.
+# Those that can be made from names and numbers; a network (Neural) or one of Pyro's ELBOs cannot.
 _ESTIMATORS = {kind.__name__: kind for kind in (Reparam, PathDerivative, Score, Enumerate)}
 _BASELINES = {kind.__name__: kind for kind in (RunningMean, LeaveOneOut, ControlVariate)}
 
 
 def describe(value: Any) -> Any:
-    """An estimator or a baseline as names and numbers; None where that cannot be done."""
+    """An estimator or a baseline as names and numbers; None if that is impossible."""
     if type(value) in _BASELINES.values():
         return {"kind": type(value).__name__, "options": value.options()}
     if type(value) not in _ESTIMATORS.values():
@@ -36,7 +36,7 @@ def describe(value: Any) -> Any:
 
 
 def make(description: Mapping[str, Any]) -> Any:
-    """The estimator or baseline that :func:`describe` described."""
+    """Make an estimator or a baseline from its :func:`describe`."""
     options = dict(description["options"])
     baseline = options.get("baseline")
     if baseline is not None:

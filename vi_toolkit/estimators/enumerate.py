@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+
+
+@contextlib.contextmanager
+def _without_announcement(elbo: TraceEnum_ELBO) -> Iterator[None]:
+    """Keep Pyro from logging its guess of the number of plates, which it makes at the first run."""
+    if not math.isinf(elbo.max_plate_nesting):
+        yield
+        return
+    logger = logging.getLogger("pyro.infer.elbo")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _marked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """One of Pyro's methods, with every discrete site of model and guide marked for enumeration."""
+
+    @functools.wraps(method)
+    def with_marks(self: Enumerate, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        with _without_announcement(self):
+            return method(self, config_enumerate(model), config_enumerate(guide), *args, **kwargs)
+
+    return with_marks
 
 
 class Enumerate(TraceEnum_ELBO):
@@ -14,18 +44,18 @@ class Enumerate(TraceEnum_ELBO):
     .. math:: \nabla_\lambda \mathcal L = \nabla_\lambda \sum_z q_\lambda(z)
               \{\log p(x, z) - \log q_\lambda(z)\}
 
-    For a guide with discrete sites only, this is the exact gradient; continuous sites are drawn
-    and reparameterised. Discrete sites that only the model has are summed out of the likelihood.
-    The sum over sites that depend on each other grows as a product of their support sizes; sites
-    separated by a plate stay apart. A thin layer over Pyro's ``TraceEnum_ELBO``, which spares
-    ``infer={"enumerate": "parallel"}`` at every site.
+    If all sites of the guide are discrete, this gradient is exact. Continuous sites are drawn and
+    reparameterised. Discrete sites that only the model has are summed out of the likelihood. The
+    cost of sites that depend on each other is the product of their support sizes; sites in
+    different rows of a plate do not multiply. This is Pyro's ``TraceEnum_ELBO``, without the need
+    for ``infer={"enumerate": "parallel"}`` at every site.
 
     Args:
-        particles: Monte Carlo samples of the continuous sites per gradient; one is enough where
-            there are none.
+        particles: Monte Carlo samples of the continuous sites per gradient; one is enough if there
+            are no such sites.
 
     Raises:
-        ValueError: by Pyro, where sites to sum over are not within plates or independent dims.
+        ValueError: from Pyro, if a batch dimension of a summed site belongs to no plate.
 
     References:
         Obermeyer et al., "Tensor Variable Elimination for Plated Factor Graphs", 2019.
@@ -55,18 +85,11 @@ class Enumerate(TraceEnum_ELBO):
         return {"particles": self.num_particles}
 
     def fresh(self) -> Enumerate:
-        """The same estimator, with no model seen."""
+        """The same estimator, before it has seen a model."""
         return Enumerate(**self.options())
 
-    def _guess_max_plate_nesting(self, *args: Any) -> None:
-        logger = logging.getLogger("pyro.infer.elbo")  # it announces its guess
-        level = logger.level
-        logger.setLevel(logging.WARNING)
-        try:
-            super()._guess_max_plate_nesting(*args)
-        finally:
-            logger.setLevel(level)
-
-    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        # Innermost, so that Pyro's own handlers see the sites configured.
-        return super()._get_traces(config_enumerate(model), config_enumerate(guide), args, kwargs)
+    loss = _marked(TraceEnum_ELBO.loss)
+    differentiable_loss = _marked(TraceEnum_ELBO.differentiable_loss)
+    loss_and_grads = _marked(TraceEnum_ELBO.loss_and_grads)
+    compute_marginals = _marked(TraceEnum_ELBO.compute_marginals)
+    sample_posterior = _marked(TraceEnum_ELBO.sample_posterior)

@@ -1,13 +1,13 @@
-"""What every Monte Carlo estimator shares: draws from the guide, and the ELBO's terms at them.
+"""The base class of the Monte Carlo estimators: draws from the guide, and the ELBO's terms at them.
 
-The ELBO is a sum of terms, log p of the model's sites and -log q of the guide's. Estimators
-differ only in which gradient they attach to that number, so the number itself is the same for all
-of them: ``differentiable_loss`` returns it with the estimator's gradient attached, as pure tensor
-code that a tracer can follow, and ``loss_and_grads`` is a thin wrapper on that.
+The ELBO is a sum of terms: log p of the model's sites and -log q of the guide's. All estimators
+compute this number in the same way, and differ only in its gradient. ``differentiable_loss``
+returns the number with the estimator's gradient attached, as tensor code that a tracer can follow;
+``loss_and_grads`` calls it.
 
-Particles are vectorised with ``torch.func.vmap``, so that a model written for one draw
-(``X @ coefficients``) needs no change; where ``vmap`` cannot follow (structure that depends on
-values), the particles are run one after the other.
+Particles are vectorised with ``torch.func.vmap``, so a model written for one draw
+(``X @ coefficients``) needs no change. If ``vmap`` fails, because the model's structure depends on
+values, the particles run one after the other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Tensors = dict[str, Any]
 
 
 class Given(Messenger):
-    """Fix the values of some sample sites, and leave all others to be computed."""
+    """Gives some sample sites their values, and leaves the others to be drawn."""
 
     def __init__(self, values: Mapping[str, torch.Tensor]):
         super().__init__()
@@ -51,7 +51,7 @@ class Given(Messenger):
 
 
 class SameMinibatch(Messenger):
-    """Let all particles of a step share the minibatch that Pyro would draw for each."""
+    """Gives all particles of a step one minibatch, where Pyro would draw one for each."""
 
     def __init__(self, distributions: Mapping[str, Any]):
         super().__init__()
@@ -67,7 +67,11 @@ class SameMinibatch(Messenger):
 
 
 class Detach(Messenger):
-    """Cut the path from the guide's parameters to the values drawn at some sites (None: at all)."""
+    """Detaches the values drawn at some sites from the guide's parameters.
+
+    Args:
+        names: the sites; None for all.
+    """
 
     def __init__(self, names: set[str] | None):
         super().__init__()
@@ -81,10 +85,14 @@ class Detach(Messenger):
 # ------------------------------------------------------------------ one draw
 
 
-def run(
+def trace_model_and_guide(
     model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any, *handlers: Any
 ) -> tuple[Any, Any]:
-    """Trace the guide under ``handlers``, and the model on the guide's values."""
+    """Trace the guide under ``handlers``, and the model at the guide's values.
+
+    Returns:
+        The model's trace, then the guide's.
+    """
     with contextlib.ExitStack() as stack:
         for handler in handlers:
             stack.enter_context(handler)
@@ -96,9 +104,11 @@ def run(
 
 
 def pointwise(site: Site) -> tuple[torch.Tensor, int]:
-    """(log density before the sum over independent coordinates, number of such dimensions).
+    """Log density of each independent coordinate, and the number of their dimensions.
 
-    Neither scaled nor masked; shape (*batch shape, *independent dimensions).
+    Returns:
+        The log density, neither scaled nor masked, of shape (*batch shape, *independent
+        dimensions); and how many independent dimensions there are.
     """
     fn, dims = site["fn"], 0
     while isinstance(fn, Independent):
@@ -109,9 +119,15 @@ def pointwise(site: Site) -> tuple[torch.Tensor, int]:
 
 @dataclass
 class Term:
-    """One term of the ELBO: log p or -log q of one site."""
+    """One term of the ELBO: log p or -log q of one site.
 
-    owner: str  # "model" or "guide"
+    Attributes:
+        owner: "model" or "guide".
+        name: of the site.
+        plates: name -> dimension of the plates around it.
+    """
+
+    owner: str
     name: str
     plates: dict[str, int]
 
@@ -120,10 +136,11 @@ class Term:
 
 
 class ParticleELBO(ELBO):
-    """Base of the estimators: vectorised particles, and the gradient kept apart from the value.
+    """Base class of the estimators, with vectorised particles and a gradient apart from the value.
 
-    Subclasses give :meth:`one`, the tensors of one particle, and :meth:`surrogate`, what to
-    differentiate, made of those tensors with a particle dimension in front.
+    A subclass defines :meth:`one`, which computes the tensors of one particle, and
+    :meth:`surrogate`, which makes of them, with a particle dimension in front, the number to
+    differentiate.
     """
 
     def __init__(self, particles: int = 1):
@@ -135,23 +152,23 @@ class ParticleELBO(ELBO):
         self._subsamples: dict[str, Any] = {}
         self._minibatch = SameMinibatch({})
 
-    # -- what subclasses give
+    # -- what subclasses define
 
     def one(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Tensors, dict[str, Any]]:
-        """Tensors of one particle, and what else :meth:`surrogate` must know of the run."""
+        """Tensors of one particle, and other facts about the run that :meth:`surrogate` needs."""
         raise NotImplementedError
 
     def surrogate(
         self, elbo: torch.Tensor, tensors: Tensors, about: dict[str, Any], data: Mapping[str, Any]
     ) -> torch.Tensor:
-        """What to differentiate in place of the ELBO, shape (S,) or already summed, ()."""
+        """The number to differentiate in place of the ELBO: shape (S,), or () if summed."""
         raise NotImplementedError
 
     def prepare(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
-        """Look at model and guide once, outside of any gradient, before they are first used."""
+        """Run model and guide once without gradients, before they are first used."""
         with kept_random_state(), torch.no_grad():
-            # Registers every parameter outside vmap.
-            model_trace, guide_trace = run(model, guide, args, kwargs)
+            # This also registers every parameter outside vmap.
+            model_trace, guide_trace = trace_model_and_guide(model, guide, args, kwargs)
         self._subsamples = {
             name: site["fn"]
             for name, site in (*guide_trace.nodes.items(), *model_trace.nodes.items())
@@ -160,19 +177,19 @@ class ParticleELBO(ELBO):
             and site["fn"].subsample_size not in (None, -1, site["fn"].size)
         }
 
-    # -- state: everything an estimator learns from step to step
+    # -- state: everything that an estimator learns from step to step
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Live tensors that the estimator updates in place from step to step."""
+        """The estimator's own tensors, which it updates in place at each step."""
         return {}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take up the state of another time: the tensors themselves, not copies."""
+        """Use these tensors as the state; they are not copied."""
         if state:
-            raise ValueError(f"{self!r} keeps no state, and was given {sorted(state)}")
+            raise ValueError(f"{self!r} keeps no state, but was given {sorted(state)}")
 
     def fresh(self) -> ParticleELBO:
-        """The same estimator as it was when made: nothing learnt, no model seen."""
+        """The same estimator, before it has learnt anything or seen a model."""
         return type(self)(**self.options())
 
     def options(self) -> dict[str, Any]:
@@ -191,9 +208,9 @@ class ParticleELBO(ELBO):
     # -- what users and optimisers call
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Minus an ELBO estimate, shape (): its value is the ELBO's, its gradient this estimator's.
+        """Minus an ELBO estimate, shape (), with the gradient of this estimator.
 
-        Updates the estimator's state, if it has one.
+        This updates the estimator's state, if it has one.
         """
         tensors, about = self._draw(model, guide, args, kwargs)
         elbo = total(tensors, about["terms"])
@@ -214,7 +231,7 @@ class ParticleELBO(ELBO):
 
     @torch.no_grad()
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Minus an ELBO estimate, without a gradient; leaves the estimator's state alone."""
+        """Minus an ELBO estimate, without a gradient. The estimator's state does not change."""
         tensors, about = self._draw(model, guide, args, kwargs)
         return -(total(tensors, about["terms"]).sum() / self.num_particles).item()
 
@@ -246,17 +263,17 @@ class ParticleELBO(ELBO):
 
     def _run(self, model: Any, guide: Any, args: Any, kwargs: Any, *handlers: Any) -> Any:
         with self._minibatch:
-            return run(model, guide, args, kwargs, *handlers)
+            return trace_model_and_guide(model, guide, args, kwargs, *handlers)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        return run(model, guide, args, kwargs)  # abstract in Pyro's class
+        return trace_model_and_guide(model, guide, args, kwargs)  # abstract in Pyro's class
 
 
 def terms_of(model_trace: Any, guide_trace: Any) -> tuple[Tensors, list[Term]]:
-    """The log densities of every site, scaled and masked, and what is known of each term.
+    """The scaled and masked log density of every site, and a description of each term.
 
     Raises:
-        PreflightError: a ``pyro.factor`` of the guide is said not to be reparameterised.
+        PreflightError: a ``pyro.factor`` of the guide does not have ``has_rsample=True``.
     """
     tensors, terms = {}, []
     for owner, trace in (("model", model_trace), ("guide", guide_trace)):
@@ -266,9 +283,9 @@ def terms_of(model_trace: Any, guide_trace: Any) -> tuple[Tensors, list[Term]]:
             if owner == "guide" and site["is_observed"] and not site["fn"].has_rsample:
                 raise PreflightError(
                     f"The guide's factor {name!r} is not has_rsample=True: it may be part of a "
-                    "density whose score nobody knows.",
+                    "density whose score is unknown.",
                     site=name,
-                    remedy="Set has_rsample=True if it comes from a reparameterised draw; else "
+                    remedy="Set has_rsample=True if it comes from a reparameterised draw. If not, "
                     "write the density as a distribution with log_prob.",
                 )
             tensors[f"{owner}/{name}"] = log_density(site)
@@ -277,7 +294,7 @@ def terms_of(model_trace: Any, guide_trace: Any) -> tuple[Tensors, list[Term]]:
 
 
 def log_density(site: Site) -> torch.Tensor:
-    """Scaled and masked log density, shape (*batch shape)."""
+    """Scaled and masked log density of a site, shape (*batch shape)."""
     if "log_prob" in site:
         return site["log_prob"]
     if site["mask"] is False:

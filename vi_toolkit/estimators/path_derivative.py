@@ -14,26 +14,26 @@ from vi_toolkit.programs.sites import is_drawn, is_term
 
 
 class PathDerivative(ParticleELBO):
-    r"""Reparameterised gradient that follows the draws only ("sticking the landing").
+    r"""ELBO whose gradient follows the draws only ("sticking the landing").
 
     The guide's parameters enter the ELBO twice, through the draw :math:`z = t_\lambda(\epsilon)`
-    and through the density :math:`\log q_\lambda`. The second way contributes the score, whose
-    mean is zero; leaving it out,
+    and through the density :math:`\log q_\lambda`. The second contributes the score, whose mean is
+    zero. The gradient without it,
 
     .. math:: \hat g = \nabla_\lambda \{\log p(x, t_\lambda(\epsilon))
               - \log q_{\bar\lambda}(t_\lambda(\epsilon))\}, \quad \bar\lambda
               \text{ held constant},
 
-    is unbiased too, and exactly zero for every draw where q is the posterior. Far from the
-    optimum it can have a larger variance than :class:`~vi_toolkit.Reparam`: measure it
-    (:func:`~vi_toolkit.gradient_report`).
+    is unbiased too, and exactly zero for every draw if q is the posterior. Far from the optimum it
+    can have a larger variance than :class:`~vi_toolkit.Reparam`;
+    :func:`~vi_toolkit.gradient_report` measures both.
 
     Args:
         particles: Monte Carlo samples per gradient, vectorised.
 
     Raises:
         PreflightError: at the first step, if a guide site has no ``rsample``.
-        NotImplementedError: a flow in the guide has no inverse, which log q at a held draw needs.
+        NotImplementedError: a flow in the guide has no inverse, which log q at a given draw needs.
 
     References:
         Roeder, Wu and Duvenaud, "Sticking the Landing: Simple, Lower-Variance Gradient Estimators
@@ -56,8 +56,8 @@ class PathDerivative(ParticleELBO):
         model_trace, guide_trace = self._run(model, guide, args, kwargs)
         refuse_unreparameterised(guide_trace)
         tensors, terms = terms_of(model_trace, guide_trace)
-        # log q at the same draws held constant depends on the parameters by the second way only.
-        # (Subsamples are held as well.)
+        # log q at these draws, held constant, depends on the parameters through the density only.
+        # The rows of subsampled plates are held as well.
         held = {
             name: site["value"].detach()
             for name, site in guide_trace.nodes.items()

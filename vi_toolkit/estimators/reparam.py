@@ -17,7 +17,13 @@ from vi_toolkit.estimators import (
     dependencies,
     divergence,  # noqa: F401  (its closed forms join torch's)
 )
-from vi_toolkit.estimators.particles import ParticleELBO, Tensors, log_density, run, terms_of
+from vi_toolkit.estimators.particles import (
+    ParticleELBO,
+    Tensors,
+    log_density,
+    terms_of,
+    trace_model_and_guide,
+)
 from vi_toolkit.programs.isolation import kept_random_state
 from vi_toolkit.programs.sites import Site, is_drawn
 
@@ -30,11 +36,10 @@ class Reparam(ParticleELBO):
     .. math:: \nabla_\lambda \mathcal L = E_\epsilon\left[\nabla_\lambda
               \{\log p(x, t_\lambda(\epsilon)) - \log q_\lambda(t_\lambda(\epsilon))\}\right].
 
-    Gamma, Beta and Dirichlet have no such :math:`t` in closed form; their derivative is the
-    implicit one, :math:`\partial z / \partial \lambda = -\partial_\lambda F_\lambda(z) / q(z)`
-    with the distribution function F, which torch computes. Unlike Pyro's ``Trace_ELBO`` it never
-    mixes in the score function: a guide site that cannot be reparameterised is an error that
-    names it.
+    Gamma, Beta and Dirichlet have no such :math:`t` in closed form. For them torch computes the
+    implicit derivative, :math:`\partial z / \partial \lambda = -\partial_\lambda F_\lambda(z) /
+    q(z)`, where F is the distribution function. Pyro's ``Trace_ELBO`` uses the score function for
+    sites that cannot be reparameterised; here such a site is an error.
 
     Args:
         particles: Monte Carlo samples per gradient, vectorised.
@@ -83,12 +88,12 @@ class Reparam(ParticleELBO):
         super().prepare(model, guide, args, kwargs)
         if not self.analytic_kl:
             return
-        # An AutoNormal draws its latents independently: none comes after another.
+        # An AutoNormal draws its latents independently, so none depends on another.
         found = (
             None if type(guide) is AutoNormal else dependencies.trace(model, guide, args, kwargs)
         )
         with kept_random_state(), torch.no_grad():
-            model_trace, guide_trace = run(model, guide, args, kwargs)
+            model_trace, guide_trace = trace_model_and_guide(model, guide, args, kwargs)
         latents = [name for name, site in guide_trace.nodes.items() if is_drawn(site)]
         self.kl = {n: _kl_fitness(n, found, model_trace, guide_trace, guide) for n in latents}
         refused = {n: why for n, why in self.kl.items() if why != "analytic"}
@@ -104,8 +109,8 @@ class Reparam(ParticleELBO):
                 q, prior = guide_trace.nodes[name], _prior_name(name, guide)
                 p = model_trace.nodes[prior]
                 kl = scale_and_mask(_kl(name, q, prior, p), q["scale"], q["mask"])
-                # The pair's terms are log p - log q = -KL and 0; q may be two sites, the draw and
-                # its value on the model's scale.
+                # Let the two terms of the latent be log p = -KL and log q = 0. The guide may have
+                # two sites for it: the draw, and its value on the model's scale.
                 q["log_prob"] = guide_trace.nodes[prior]["log_prob"] = torch.zeros_like(kl)
                 p["log_prob"] = -kl
         tensors, terms = terms_of(model_trace, guide_trace)
@@ -118,6 +123,7 @@ class Reparam(ParticleELBO):
 
 
 def refuse_unreparameterised(guide_trace: Any) -> None:
+    """Raise PreflightError if a site of the guide cannot be reparameterised."""
     for name, site in guide_trace.nodes.items():
         if not reparameterised(site):
             raise PreflightError(
@@ -144,8 +150,10 @@ def _kl(latent: str, q: Site, prior: str, p: Site) -> torch.Tensor:
 
 
 def _on_the_models_scale(q: Any, p: Any) -> Any:
-    """What a guide's Gaussian of an unconstrained latent is on the scale of the latent's prior:
-    itself or, where that is positive, a LogNormal; None for other supports."""
+    """A guide's Gaussian of an unconstrained latent, on the scale of the latent's prior.
+
+    That is q itself if the prior is unconstrained, a LogNormal if it is positive, else None.
+    """
     support = p.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
@@ -166,9 +174,13 @@ def _kl_fitness(
     guide_trace: Any,
     guide: Any,
 ) -> str:
-    """ "analytic", or why the pair of a latent and its prior has no usable closed-form KL.
+    """Whether a latent and its prior have a usable closed-form KL.
 
-    found: None where the guide draws all its latents independently of one another.
+    Args:
+        found: dependencies of model and guide; None if the guide draws all latents independently.
+
+    Returns:
+        "analytic", or why not.
     """
     if found is not None and found.unreadable:
         return found.unreadable

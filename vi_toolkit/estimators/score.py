@@ -1,4 +1,4 @@
-"""The score-function gradient, alone or beside the reparameterised one."""
+"""The score-function gradient, for all sites or together with the reparameterised one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from vi_toolkit.estimators.particles import (
     Tensors,
     Term,
     pointwise,
-    run,
     terms_of,
     total,
+    trace_model_and_guide,
 )
 from vi_toolkit.estimators.reparam import reparameterised
 from vi_toolkit.programs.isolation import kept_random_state
@@ -30,33 +30,35 @@ from vi_toolkit.programs.sites import Site, is_drawn, plate_dims
 
 
 class Score(ParticleELBO):
-    r"""ELBO whose gradient is the score function's, at every site of the guide or at some.
+    r"""ELBO whose gradient uses the score function, at every site of the guide or at some.
 
     .. math:: \nabla_\lambda \mathcal L = E_q\Big[\sum_i \nabla_\lambda \log q_\lambda(z_i)\,
               (R_i - b_i)\Big], \qquad R_i = \sum_{t \ni z_i} t(x, z)
 
-    needs nothing of the model but its log density: draws are held constant, also where they
-    could be reparameterised, so the latents may be discrete and the likelihood need not be
-    differentiable. R_i sums the terms t of log p - log q that involve z_i, or what the guide
-    draws given z_i; all others have mean zero against its score. The choice is made per element of
-    a plate and, for a site of independent coordinates, per coordinate for its own log q and prior
-    (:mod:`vi_toolkit.estimators.dependencies` says how it is read off model and guide). The
-    baseline b_i (:mod:`vi_toolkit.estimators.baselines`) takes out more variance.
+    This gradient needs only the value of the model's log density. Draws are held constant even
+    where they could be reparameterised, so latents may be discrete, and the likelihood need not be
+    differentiable. R_i is the sum of those terms t of log p - log q that involve z_i or a latent
+    that the guide draws given z_i; the product of the score with any other term has mean zero.
+    Terms are left out for each element of a plate by itself and, if a site has independent
+    coordinates, its own log q and prior for each coordinate by itself
+    (:mod:`vi_toolkit.estimators.dependencies` describes how they are found). The baseline b_i
+    (:mod:`vi_toolkit.estimators.baselines`) reduces the variance further.
 
     Sites that are not in ``sites`` are reparameterised. A point mass (``Delta``, as in
-    ``AutoDelta``) has no score and is followed through its parameters.
+    ``AutoDelta``) has no score; its gradient goes through its parameters.
 
     Args:
         particles: Monte Carlo samples per gradient, vectorised.
-        baseline: one baseline for all sites, or a dict from site to baseline. None for none.
+        baseline: one baseline for all sites, a dict from site to baseline, or None.
         rao_blackwell: whether to leave out the terms that do not involve z_i.
-        sites: sites of the guide to use the score for; None for all. A latent of ``AutoNormal``
-            may be called by its name in the model.
+        sites: sites of the guide that use the score; None for all. A latent of ``AutoNormal`` may
+            be given by its name in the model.
 
     Raises:
-        PreflightError: at the first step, if ``sites`` names no site of the guide, if a site left
-            out cannot be reparameterised, if nothing has a score, or if a baseline needs more
-            particles or the index of each datum where it cannot be known.
+        ValueError: a baseline needs more particles.
+        PreflightError: at the first step, if ``sites`` has a name that is no site of the guide, if
+            a site that is not in ``sites`` cannot be reparameterised, if no site has a score, or if
+            a baseline needs the index of each datum and a plate does not tell it.
 
     References:
         Ranganath, Gerrish and Blei, "Black Box Variational Inference", 2014; Paisley, Blei and
@@ -118,11 +120,11 @@ class Score(ParticleELBO):
     # -- state
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What the baselines have learnt: "site/name" -> live tensor, updated in place."""
+        """The tensors of the baselines, which they update in place: "site/name" -> tensor."""
         return {f"{s}/{n}": t for s, named in self._state.items() for n, t in named.items()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take up what the baselines had learnt: the tensors themselves, not copies."""
+        """Use these tensors as the state of the baselines; they are not copied."""
         self._state = {}
         for key, tensor in state.items():
             site, name = key.rsplit("/", 1)
@@ -134,7 +136,7 @@ class Score(ParticleELBO):
         super().prepare(model, guide, args, kwargs)
         self.dependencies = dependencies.trace(model, guide, args, kwargs)
         with kept_random_state(), torch.no_grad():
-            _, guide_trace = run(model, guide, args, kwargs)
+            _, guide_trace = trace_model_and_guide(model, guide, args, kwargs)
         drawn = {n: s for n, s in guide_trace.nodes.items() if is_drawn(s)}
         self._chosen = self._choose(drawn)
         baselines = self.baseline
@@ -144,9 +146,9 @@ class Score(ParticleELBO):
                 site = _resolve(name, drawn)
                 if site is None or site not in self._chosen:
                     raise PreflightError(
-                        f"There is a baseline for {name!r}, where no score is used.",
+                        f"There is a baseline for {name!r}, which uses no score.",
                         site=name,
-                        remedy=f"Sites with a score: {', '.join(sorted(self._chosen))}.",
+                        remedy=f"These sites do: {', '.join(sorted(self._chosen))}.",
                     )
                 if one is not None:
                     self._baselines[site] = one
@@ -157,7 +159,7 @@ class Score(ParticleELBO):
         if not drawn:
             raise PreflightError(
                 "The guide draws nothing, so no site has a score: every site is a point mass.",
-                remedy="Use vi.Reparam(), which follows the point through its parameters.",
+                remedy="Use vi.Reparam(), whose gradient goes through the point's parameters.",
             )
         if self.sites is None:
             return set(drawn)
@@ -174,8 +176,8 @@ class Score(ParticleELBO):
         for name, site in drawn.items():
             if name not in chosen and not reparameterised(site):
                 raise PreflightError(
-                    f"The guide's site {name!r} ({type(site['fn']).__name__}) is left to be "
-                    "reparameterised, and cannot be.",
+                    f"The guide's site {name!r} ({type(site['fn']).__name__}) is not in sites, but "
+                    "cannot be reparameterised.",
                     site=name,
                     remedy="Add it to sites.",
                 )
@@ -189,7 +191,7 @@ class Score(ParticleELBO):
         seen = tuple((n, tuple(plate_dims(s))) for n, s in guide_trace.nodes.items() if is_drawn(s))
         seen += tuple(n for n, s in model_trace.nodes.items() if s["type"] == "sample")
         if self._seen is not None and seen != self._seen:
-            self.prepare(model, guide, args, kwargs)  # the program took another way
+            self.prepare(model, guide, args, kwargs)  # the sites have changed since
         self._seen = seen
         factors: dict[str, dict[str, Any]] = {}
         facts: dict[str, dict[str, Any]] = {}
@@ -222,7 +224,11 @@ class Score(ParticleELBO):
     def _rows(
         self, site: Site, guide_trace: Any, dims: int
     ) -> tuple[dict[int, tuple[torch.Tensor, int]], bool]:
-        """Axis -> indices of the data, for the subsampled plates around a site."""
+        """The subsampled plates around a site.
+
+        Returns:
+            Axis -> (indices of the data, number of data), and whether the data were cut to them.
+        """
         rows, cut = {}, False
         given = site["infer"].get("vi_rows", {})  # set where fit cuts the data to a minibatch
         for frame in site["cond_indep_stack"]:
@@ -252,7 +258,7 @@ class Score(ParticleELBO):
     def surrogate(
         self, elbo: torch.Tensor, tensors: Tensors, about: dict[str, Any], data: Mapping[str, Any]
     ) -> torch.Tensor:
-        # log q of a score site has a gradient of mean zero, so it is left out.
+        # The gradient of log q of a score site has mean zero, so it is left out.
         kept = [t for t in about["terms"] if t.owner == "model" or t.name not in self._chosen]
         surrogate = total(tensors, kept).sum()
         for name, facts in about["factors"].items():
@@ -264,7 +270,7 @@ class Score(ParticleELBO):
         return surrogate
 
     def _signal(self, name: str, tensors: Tensors, about: dict[str, Any]) -> torch.Tensor:
-        """R of one site, shape (S, *batch shape, *independent dims), without gradient."""
+        """R of one site, of shape (S, *batch shape, *independent dims), without gradient."""
         assert self.dependencies is not None
         factor, facts = tensors["factors"][name], about["factors"][name]
         shape, dims = factor["log_q"].shape, facts["dims"]
@@ -294,7 +300,7 @@ class Score(ParticleELBO):
         signal: torch.Tensor,
         data: Mapping[str, Any],
     ) -> torch.Tensor:
-        """What the baseline takes off the surrogate."""
+        """What the baseline subtracts from the surrogate, shape ()."""
         baseline = self._baselines[name]
         elements = signal.dim() - 1
         rows = {axis % elements: found for axis, found in facts["rows"].items()}
@@ -329,49 +335,60 @@ def _scaled(log_prob: torch.Tensor, site: Site, dims: int) -> torch.Tensor:
 def _sum_to(
     term: Term, log_prob: torch.Tensor, shared: frozenset[str], batch: torch.Size
 ) -> torch.Tensor:
-    """Sum a term (S, *its batch shape) over all but the shared plates, to fit (S, *batch)."""
+    """Sum a term over all but the shared plates.
+
+    Args:
+        term: its description.
+        log_prob: its log density, shape (S, *its batch shape).
+        shared: names of the plates that stay.
+        batch: batch shape of the latent.
+
+    Returns:
+        Shape (S, ...), which broadcasts to (S, *batch).
+    """
     keep = {term.plates[name] for name in shared}
     over = [d for d in range(1 - log_prob.dim(), 0) if d not in keep]
     if over:
         log_prob = log_prob.sum(over, keepdim=True)
     inner = log_prob.shape[1:]
-    if len(inner) > len(batch):  # all of them summed: the shared plates lie within batch
+    if len(inner) > len(batch):  # those on the left were summed, as shared plates are in batch
         inner = inner[len(inner) - len(batch) :]
     return log_prob.reshape(log_prob.shape[0], *[1] * (len(batch) - len(inner)), *inner)
 
 
+# A distribution takes one of these and computes the others when they are asked for.
 _ALTERNATIVES = ("probs", "logits", "scale_tril", "covariance_matrix", "precision_matrix")
 
 
 def own_parameters(fn: Any) -> tuple[type | None, dict[str, torch.Tensor]]:
-    """The distribution of one coordinate of a site, and its parameters; (None, {}) if hidden."""
+    """Class and parameters of the distribution of one coordinate of a site.
+
+    Returns:
+        (class, name -> parameter), or (None, {}) if the distribution does not expose them.
+    """
     while isinstance(fn, Independent):
         fn = fn.base_dist
     kind = type(fn)
     accepted = inspect.signature(kind.__init__).parameters
+    # The one that was given is the first among the attributes.
+    given = next((name for name in vars(fn) if name in _ALTERNATIVES), None)
     parameters = {}
-    for name in kind.arg_constraints if isinstance(fn, Distribution) else ():
+    for name in fn.arg_constraints if isinstance(fn, Distribution) else ():
         if name not in accepted or hasattr(fn, "base_dist"):
             return None, {}
-        if name in _ALTERNATIVES:
-            value = fn.__dict__.get(name)
-            given = getattr(fn, "_param", value)
-            if value is None or given is not value:
-                continue
-        else:
-            value = getattr(fn, name)
+        if name in _ALTERNATIVES and name != given:
+            continue
+        value = getattr(fn, name)
         if not torch.is_tensor(value):
             return None, {}
         parameters[name] = value
-        if name in ("scale_tril", "covariance_matrix", "precision_matrix"):
-            break
     return (kind, parameters) if parameters else (None, {})
 
 
 def scores_of(
     kind: type | None, parameters: Mapping[str, torch.Tensor], value: torch.Tensor
 ) -> dict[str, torch.Tensor] | None:
-    """d log q / d parameter for every particle and element; None where parameters are hidden."""
+    """d log q / d parameter for every particle and element; None if there are no parameters."""
     if kind is None:
         return None
     with torch.enable_grad():

@@ -1,9 +1,10 @@
-"""Checks made before step one: do model, guide and data fit together?
+"""Checks before the first step that model, guide and data fit together.
 
 Pyro reports most of these mistakes late and from deep inside torch, and some of them never. Here
-each is one :class:`~vi_toolkit.errors.PreflightError` that names the site and what to change.
-A correct model must pass, so a check that depends on where the latents happen to be (a density
-that is not finite, a matrix that is not positive definite) raises only if it fails everywhere.
+each mistake is one :class:`~vi_toolkit.errors.PreflightError`, which names the site and says what
+to change. A correct model must pass. A check whose outcome depends on the values of the latents (a
+density that is not finite, a matrix that is not positive definite) therefore raises only if it
+fails at every value tried.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vi_toolkit.programs.workspace import Workspace
 
 __all__ = ["preflight"]
 
-PART = 4_096  # rows of a large plate that are looked at in one run
+PART = 4_096  # rows of a large plate that are checked in one run
 
 
 def preflight(
@@ -41,39 +42,39 @@ def preflight(
 ) -> Workspace:
     """Raise :class:`PreflightError` if model, guide and data do not fit together.
 
-    Runs the model two to four times and the guide once (more only when something is wrong), with
-    Pyro's validation on and in a parameter store, random state and default dtype of their own, so
-    that nothing of the caller's changes. If a large plate is subsampled, these runs hold one
-    minibatch; then the model alone goes over all rows, some minibatches at a time.
+    The model runs two to four times and the guide once, more often only if something is wrong.
+    They run with Pyro's validation on, in a parameter store, random state and default dtype of
+    their own, so the caller's do not change. If a large plate is subsampled, these runs see one
+    minibatch of it; the model alone then runs over all rows, a few thousand at a time.
 
     Args:
-        model: Pyro model, called as ``model(**data)``. If it carries ``model.LATENTS``, or is the
-            ``model`` of a module with ``LATENTS`` (site name -> tuple of dims: () for a global
-            scalar, a string for a plate or a named dimension, an int for a size), its latents are
-            checked against that.
+        model: Pyro model, called as ``model(**data)``. Its latents are checked against its
+            ``LATENTS``, if there is one: an attribute of the model, or of the module whose
+            ``model`` it is. ``LATENTS`` maps a site name to a tuple of dims: () for a global
+            scalar, a string for a plate or a named dimension, an int for a size.
         guide: Pyro guide, called as ``guide(**data)``; an autoguide class means ``guide(model)``.
-        data: keyword arguments. Their float tensors must be finite: fill in what is missing and
-            mask it in the model. They must also share one dtype, which becomes the default dtype
-            for the checks, so that a model's own constants follow its data.
+        data: keyword arguments. Their float tensors must be finite: fill in missing values and
+            mask them in the model. They must also share one dtype, which is the default dtype
+            during the checks, so that a model's own constants have it too.
         subsample: plate name -> minibatch size.
         reparameterised: True if the estimator needs gradients through the guide's draws.
         enumerate: whether latents marked ``infer={"enumerate": "parallel"}`` are summed out, and
             so may be missing in the guide.
         seed: for the first values of the guide's parameters.
-        double: run the guide in double precision if it and the model can.
+        double: whether to run the guide in double precision, if it and the model can.
 
     Returns:
-        The :class:`~vi_toolkit.programs.workspace.Workspace` of the checks, with the guide set up
-        and the traces of its first run, so that a fit need not run them again.
+        The :class:`~vi_toolkit.programs.workspace.Workspace` of the checks. It holds the guide,
+        set up, and the traces of its first run, so that a fit need not run them again.
 
     Raises:
-        PreflightError: with ``site`` and ``remedy``.
+        PreflightError: model, guide and data do not fit together. The error has ``site`` and
+            ``remedy``.
 
     Warns:
-        UserWarning: if there are data but no observed site. This is no error, because a density
-            written without observations (a known target, say) is a legitimate model whose data
-            are its constants; an argument left at None, however, is a forgotten observation and
-            raises.
+        UserWarning: there are data but no observed site. A model may be written that way: a known
+            density has constants for data, and observes nothing. An argument that is left at None,
+            however, is a forgotten observation, and an error.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -99,7 +100,7 @@ def preflight(
     check_arguments("guide", workspace.guide, data)
     checks = Checks(workspace, subsample or {}, reparameterised, enumerate)
     with warnings.catch_warnings(), poutine.block(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the fit itself will show them
+        warnings.simplefilter("ignore")  # the fit itself repeats them
         well, warning = _check_in_parts(checks)
         if well:
             workspace.set_up()
@@ -111,10 +112,12 @@ def preflight(
 
 
 def _check_in_parts(checks: Checks) -> tuple[bool, str | None]:
-    """Whether all is well as far as minibatches of a large plate can tell, and the warning.
+    """Check a model with a large plate on minibatches of it.
 
-    If there is no large plate, or something is wrong, runs on all the data say what it is in terms
-    of the data's own rows.
+    Returns:
+        (True, the warning or None) if nothing is wrong; (False, None) if something is, or if no
+        large plate is subsampled. Runs on all the data must then follow. They name the rows at
+        fault as the user numbers them.
     """
     workspace = checks.workspace
     model, data = workspace.model, workspace.data

@@ -1,4 +1,4 @@
-"""What stopped a run, in the user's terms: the site, the entry of the data, and the remedy."""
+"""Explains what stopped a run, in the user's terms: the site, the data entry and the remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vi_toolkit.preflight.sites import missing_discrete
 from vi_toolkit.preflight.support import distribution_name
 from vi_toolkit.programs.sites import Site, plates
 
-# What Pyro says -> sentence, remedy. {who} is "model", "guide" or "guide AutoNormal", say.
+# Pyro's message -> (sentence, remedy). {role} is "model" or "guide"; {who} may name the autoguide.
 _PYRO_SAYS = {
     r"Multiple sample sites named '(?P<site>.+)'": (
         "The {role} has two sites named '{site}'.",
@@ -67,13 +67,18 @@ def cause(
     autoguide: str = "",
     model: Run | None = None,
 ) -> PreflightError:
-    """The sentence for an exception that the model or guide raised.
+    """Explain an exception that the model or guide raised.
 
-    ``again`` runs it on other data; ``autoguide`` is the guide's class if that is one of Pyro's;
-    ``model`` is a run of the model that went through.
+    Args:
+        role: "model" or "guide".
+        run: the run that raised.
+        data: the data of that run.
+        again: runs the model or guide on other data.
+        autoguide: name of the guide's class if it is one of Pyro's autoguides, else "".
+        model: a run of the model that succeeded, if there is one.
     """
     error, text, who = run.error, str(run.error), f"{role} {autoguide}".strip()
-    # An autoguide runs the model, and the model has run on these data.
+    # The data are not at fault in an autoguide, because the model has already run on them.
     retry = not (autoguide or run.replayed or numerical(error))
     if retry and (found := _conversion(role, run, data, again)):
         return found
@@ -85,7 +90,7 @@ def cause(
             slots |= match.groupdict()
             if "{kind}" in message:
                 if not run.scored:
-                    continue  # from a density that the model computes by itself
+                    continue  # the model computes this density by itself
                 slots |= _sizes(run.sites[run.last])
             if "improper prior" in message:
                 slots["site"] = improper[0] if improper else run.last
@@ -112,7 +117,7 @@ def cause(
 
 
 def _sizes(site: Site) -> dict[str, Any]:
-    """What a message may say of a site's shapes."""
+    """The parts of a message about a site's shapes."""
     fn, value, frames = site["fn"], site["value"], plates(site).values()
     resize = 'Size plates and parameters by the data, e.g. pyro.plate("observations", len(y)).'
     if any(f.full_size not in (None, f.size) for f in frames):
@@ -130,11 +135,11 @@ def _sizes(site: Site) -> dict[str, Any]:
 def _conversion(
     role: str, run: Run, data: Mapping[str, Any], again: Callable[[dict[str, Any]], Run]
 ) -> PreflightError | None:
-    """The entries of the data that, were they of another type, would let the run go through."""
+    """Find data entries of the wrong type: the run succeeds once they are converted."""
     default = torch.get_default_dtype()
     other = torch.float32 if default == torch.float64 else torch.float64
     floating = ".double()" if default == torch.float64 else ".float()"
-    Group = dict[str, str]  # entry -> the expression of a tensor of it
+    Group = dict[str, str]  # entry -> expression that makes a tensor of it
     arrays, integers, floats = Group(), Group(), Group()
     for key, value in data.items():
         if isinstance(value, Tensor):
@@ -150,7 +155,7 @@ def _conversion(
         (floats, default, f"computes in {words.plain(default)}", f".to({default})"),
         (floats, other, f"computes in {words.plain(other)}", f".to({other})"),
     ):
-        # Floats share one dtype, so they change together.
+        # All floats share one dtype, so they change together.
         least = len(group) if group is floats else 1
         if keys := _smallest(list(group), least, data, dtype, again):
             values = [data[key] for key in keys]
@@ -173,7 +178,7 @@ def _smallest(
     dtype: torch.dtype | None,
     again: Callable[[dict[str, Any]], Run],
 ) -> list[str]:
-    """The smallest set of entries, of ``least`` at least, whose conversion lets the run through."""
+    """The smallest set of at least ``least`` entries whose conversion makes the run succeed."""
     for size in range(least, min(len(keys), max(least, 4)) + 1):
         for some in itertools.islice(itertools.combinations(keys, size), 16):
             try:
@@ -195,7 +200,7 @@ def _as_tensor(value: Any, dtype: torch.dtype | None) -> Tensor:
 
 
 def density_error(runs: list[Run]) -> PreflightError:
-    """The sentence for a site whose density is finite in none of the runs."""
+    """Explain a site whose density is not finite in any run."""
     complete = [run for run in runs if run.error is None]
     last = complete[-1]
     name = next(n for n in last.problems if all(n in run.problems for run in complete))

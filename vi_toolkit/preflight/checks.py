@@ -1,4 +1,4 @@
-"""The checks that need model and guide to run, in the order in which their causes build up."""
+"""Checks that run model and guide, ordered so that the cause of a mistake is found first."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pyro.infer.autoguide import AutoGuide
 from vi_toolkit.preflight import shapes, sites, support
 from vi_toolkit.preflight.causes import cause, density_error
 from vi_toolkit.preflight.data import tensors
-from vi_toolkit.preflight.runs import Run, model_runs, numerical, passed, run, run_model
+from vi_toolkit.preflight.runs import Run, model_runs, numerical, passed, run_model, trace_run
 from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
 from vi_toolkit.programs.workspace import Workspace
 
 
 class Checks:
-    """Checks of one workspace; see :func:`~vi_toolkit.preflight.preflight` for the arguments."""
+    """The checks of one workspace; :func:`~vi_toolkit.preflight.preflight` has the arguments."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class Checks:
         self.reparameterised, self.enumerated = reparameterised, enumerated
 
     def on_all_data(self, double: bool) -> str | None:
-        """All checks; returns a warning, if there is one.
+        """Run all checks, and return the text of a warning or None.
 
         The model alone runs at the precision of the data. Guide and model together then run in
-        double precision where that was asked for, and at the data's own if they cannot.
+        double precision if ``double``, and at the precision of the data if that fails.
         """
         workspace = self.workspace
         alone = self.model_alone(workspace.given_data)
@@ -44,15 +44,16 @@ class Checks:
             workspace.reset(torch.float64)
             try:
                 return self.guide_and_model(alone, workspace.data)
-            except Exception:  # explained, or found to be no fault, at the data's own precision
+            except Exception:  # a real mistake shows again at the precision of the data
                 workspace.reset(native)
         return self.guide_and_model(alone, workspace.data)
 
     def model_alone(self, data: dict[str, Any]) -> list[Run]:
-        """Runs of the model at draws of the prior, until one does not fail numerically."""
+        """Run the model at draws of the prior, until a run does not fail numerically."""
         workspace, model = self.workspace, self.workspace.model
         runs: list[Run] = []
-        # A store of its own: parameters of the model start where the guide's first run puts them.
+        # The workspace's store stays empty: its parameters must start where the guide's first run
+        # puts them.
         floats = {v.dtype for _, _, v in tensors(data) if v.is_floating_point() and v.dim()}
         usual = floats & {torch.float32, torch.float64}
         dtype = usual.pop() if usual else None
@@ -74,11 +75,14 @@ class Checks:
         return runs
 
     def guide_and_model(self, before: list[Run], data: dict[str, Any]) -> str | None:
-        """Checks of the guide, and of the model at its draws; sets the workspace up.
+        """Check the guide, and the model at its draws; keep their traces in the workspace.
 
         Args:
-            before: what :meth:`model_alone` returned.
+            before: the runs from :meth:`model_alone`.
             data: the workspace's data, or a minibatch of them.
+
+        Returns:
+            The text of a warning, or None.
         """
         workspace, model, guide = self.workspace, self.workspace.model, self.workspace.guide
         alone, runs = before[-1], list(before)
@@ -88,7 +92,7 @@ class Checks:
             drawn = _run_guide(guide, data)
             if drawn.error is not None:
                 raise cause(
-                    "guide", drawn, data, partial(run, guide), autoguide, alone
+                    "guide", drawn, data, partial(trace_run, guide), autoguide, alone
                 ) from drawn.error
             sites.check_guide(drawn, self.reparameterised, self.enumerated)
             replayed = run_model(model, data, drawn)
@@ -102,8 +106,8 @@ class Checks:
                     support.check_fixed_support(name, one, other, autoguide)
             for name, site in drawn.latents.items():
                 if name in alone.sites:
-                    # Bounds may follow another latent, and sizes the guide's minibatch: compare
-                    # with the model at the guide's own draw, if it got that far.
+                    # Bounds may depend on another latent, and sizes on the guide's minibatch, so
+                    # compare with the model at the guide's own draw, if its run got that far.
                     there = replayed.sites.get(name, alone.sites[name])
                     shapes.check_shape(name, there, site, name in prototypes)
                     support.check_support(name, there, site, prototypes.get(name), autoguide)
@@ -112,7 +116,7 @@ class Checks:
                 raise cause("model", replayed, data, again) from replayed.error
             runs.append(replayed)
             further = model_runs(model, guide, data)
-            while not passed(runs):  # starts are many, so one good draw is enough
+            while not passed(runs):  # a fit tries many starts, so one good draw is enough
                 attempt = next(further, None)
                 if attempt is None:
                     raise density_error(runs)
@@ -125,9 +129,9 @@ class Checks:
 
 def _run_guide(guide: Any, data: Mapping[str, Any]) -> Run:
     for validate in (True, False, False):
-        # An autoguide runs the model, and a fit does so without validation.
+        # An autoguide runs the model, which may pass only without validation, as in a fit.
         with pyro.validation_enabled(validate):
-            drawn = run(guide, data)
+            drawn = trace_run(guide, data)
         if not numerical(drawn.error):
             break
     return drawn

@@ -1,4 +1,4 @@
-"""Checks of the data alone, and of the arguments they are passed as."""
+"""Checks that run nothing: of the data, and of the arguments of model and guide."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from torch import Tensor
 
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.preflight import words
-from vi_toolkit.programs.private_guide import unwrap
+from vi_toolkit.pyro_private import unwrap
 
 
 def numbers(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Tensor]]:
-    """Everything numeric: its key, the expression that reaches it, itself, itself as a tensor."""
+    """Everything numeric in the data, also inside lists, tuples and dicts.
+
+    Yields:
+        (key in the data, expression that reaches the value, the value, the value as a tensor).
+    """
 
     def walk(key: str, label: str, value: Any) -> Iterator[tuple[str, str, Any, Tensor]]:
         if isinstance(value, Tensor):
@@ -38,13 +42,18 @@ def numbers(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Tensor]]:
 
 
 def tensors(data: Mapping[str, Any]) -> list[tuple[str, str, Tensor]]:
-    """The tensors among them, as (key, expression, tensor)."""
+    """The tensors in the data, as (key, expression that reaches it, tensor)."""
     return [
         (key, label, value) for key, label, value, _ in numbers(data) if isinstance(value, Tensor)
     ]
 
 
 def check_data(data: Any) -> None:
+    """Check that data is a dict of non-empty, finite entries of one device and one float dtype.
+
+    Raises:
+        PreflightError: it is not.
+    """
     if not isinstance(data, Mapping):
         raise PreflightError(
             f"data is {words.a(data)}, but model and guide are called as model(**data).",
@@ -64,7 +73,7 @@ def check_data(data: Any) -> None:
                 key,
                 "Look at the filter or split that made it, or leave it out.",
             )
-    # A scalar on the CPU mixes with any device, and a scalar of any float dtype with any other.
+    # A scalar on the CPU works with any device, and a scalar of any float dtype with any other.
     sized = [entry for entry in tensors(data) if entry[2].dim()]
     floats = [entry for entry in sized if entry[2].is_floating_point()]
     for attribute, group in (("device", sized), ("dtype", floats)):
@@ -92,10 +101,10 @@ def check_data(data: Any) -> None:
 
 
 def named_arguments(model: Callable[..., Any], data: Any) -> Any:
-    """Positional arguments (a tuple, or a single tensor) as a dict of the model's arguments.
+    """Turn positional arguments, a tuple or a single tensor, into a dict by the model's names.
 
     Raises:
-        PreflightError: the model does not take so many positional arguments by name.
+        PreflightError: there are more of them than the model has named arguments.
 
     Example:
         >>> named_arguments(lambda X, y=None: None, (1, 2))
@@ -121,9 +130,9 @@ def named_arguments(model: Callable[..., Any], data: Any) -> Any:
 
 
 def signature(fn: Callable[..., Any]) -> inspect.Signature | None:
-    """The arguments of a model or guide; None if it takes whatever comes."""
+    """The signature of a model or guide inside its handlers; None if it has none to check."""
     fn = unwrap(fn)
-    if isinstance(fn, Messenger):  # a guide made of effects passes everything to its model
+    if isinstance(fn, Messenger):  # a guide that is a handler passes everything to its model
         return None
     try:
         return inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
@@ -132,6 +141,15 @@ def signature(fn: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def check_arguments(role: str, fn: Callable[..., Any], data: Mapping[str, Any]) -> None:
+    """Check that the data are the arguments of the model or guide.
+
+    Args:
+        role: "model" or "guide", for the message.
+        fn: the model or guide.
+
+    Raises:
+        PreflightError: an argument is missing or unknown.
+    """
     known = signature(fn)
     if known is None:
         return

@@ -1,4 +1,4 @@
-"""Runs of model and guide: their sites, what stopped them, which densities are not finite."""
+"""Runs of model and guide: their sites, their errors, and densities that are not finite."""
 
 from __future__ import annotations
 
@@ -18,24 +18,35 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from vi_toolkit.preflight import support, words
-from vi_toolkit.programs.private_guide import unwrap
-from vi_toolkit.programs.sites import Site
+from vi_toolkit.programs.sites import Site, is_deterministic
+from vi_toolkit.pyro_private import mask_of, unwrap
 
-# A density must be non-finite, or raise, at all of these before it counts as a mistake.
+# A density counts as a mistake only if it is not finite, or raises, at all of these draws.
 PRIOR_DRAWS = 5
 GUIDE_DRAWS = 10
 
 
 @dataclass
 class Run:
-    """One run of the model or guide: its trace as far as it got, and what stopped it."""
+    """One run of the model or guide.
+
+    Attributes:
+        trace: the sites that it reached.
+        error: the exception that ended it, if one did.
+        last: the site at which it raised, or the last one before that.
+        problems: site -> why its density is not finite.
+        replayed: whether it ran at the guide's draws, not the prior's.
+        scored: whether it ran to its end, so that an error comes from a site's density.
+        sites, latents, observed: its sample sites by name, without plates.
+        plates: name -> (size, subsample size).
+    """
 
     trace: Any
     error: Exception | None = None
-    last: str | None = None  # the site where an error happened, or the last one before it
-    problems: dict[str, str] = field(default_factory=dict)  # site -> why its density is not finite
-    replayed: bool = False  # at the guide's draws, not the prior's
-    scored: bool = False  # whether it ran to its end, so that an error is from a site's density
+    last: str | None = None
+    problems: dict[str, str] = field(default_factory=dict)
+    replayed: bool = False
+    scored: bool = False
 
     def __post_init__(self) -> None:
         samples = {n: s for n, s in self.trace.nodes.items() if s["type"] == "sample"}
@@ -43,17 +54,14 @@ class Run:
         self.last = next(reversed(self.sites), None)
         self.latents = {n: s for n, s in self.sites.items() if not s["is_observed"]}
         self.observed = {
-            n: s
-            for n, s in self.sites.items()
-            if s["is_observed"] and not s["infer"].get("_deterministic")
+            n: s for n, s in self.sites.items() if s["is_observed"] and not is_deterministic(s)
         }
-        # Plate -> size and subsample size.
         fns = {n: s["fn"] for n, s in samples.items() if site_is_subsample(s)}
         self.plates = {n: (int(fn.size), fn.subsample_size) for n, fn in fns.items()}
 
 
 class _ImproperDraws(Messenger):
-    """An improper prior cannot be drawn from; a standard Normal on the unconstrained scale can."""
+    """Draws a standard Normal on the unconstrained scale in place of an improper prior."""
 
     def __init__(self, data: Mapping[str, Any]):
         super().__init__()
@@ -67,8 +75,12 @@ class _ImproperDraws(Messenger):
             msg["value"] = transform(torch.randn(shape, device=self.device))
 
 
-def run(fn: Callable[..., Any], data: Mapping[str, Any], *handlers: Messenger) -> Run:
-    """Trace ``fn(**data)``; an exception ends up in the result with the sites before it."""
+def trace_run(fn: Callable[..., Any], data: Mapping[str, Any], *handlers: Messenger) -> Run:
+    """Trace ``fn(**data)`` under some handlers, and catch what it raises.
+
+    Returns:
+        The sites up to the end of the run or to its exception, and that exception.
+    """
     tracer = poutine.trace()
     error = None
     try:
@@ -80,15 +92,19 @@ def run(fn: Callable[..., Any], data: Mapping[str, Any], *handlers: Messenger) -
         error = raised
     messenger = unwrap(fn)
     if isinstance(messenger, GuideMessenger) and error is None:
-        # Such a guide runs the model; its own trace holds only what the guide samples.
+        # This guide runs the model, so the tracer saw the model's sites. Its own trace does not.
         return Run(messenger.get_traces()[1])
     return Run(tracer.trace, error)
 
 
 def run_model(model: Callable[..., Any], data: Mapping[str, Any], guide: Run | None = None) -> Run:
-    """Run the model at draws of the prior, or the guide's where it has any, with all densities."""
+    """Run the model and compute the log density of every site.
+
+    Args:
+        guide: a run of the guide, whose draws the model takes; None for draws of the prior.
+    """
     replay = [poutine.replay(trace=guide.trace)] if guide else []
-    result = run(model, data, _ImproperDraws(data), *replay)
+    result = trace_run(model, data, _ImproperDraws(data), *replay)
     result.replayed = guide is not None
     result.scored = result.error is None
     for name, site in result.sites.items() if result.scored else ():
@@ -105,19 +121,19 @@ def run_model(model: Callable[..., Any], data: Mapping[str, Any], guide: Run | N
 def model_runs(
     model: Callable[..., Any], guide: Callable[..., Any], data: Mapping[str, Any]
 ) -> Iterator[Run]:
-    """The model at draws of the prior, then at draws of the guide."""
+    """Run the model at draws of the prior, then at draws of the guide."""
     for _ in range(PRIOR_DRAWS):
         yield run_model(model, data)
     for _ in range(GUIDE_DRAWS):
-        drawn = run(guide, data)
+        drawn = trace_run(guide, data)
         if drawn.error is None:
             yield run_model(model, data, drawn)
 
 
 def _density_problem(site: Site) -> str | None:
-    """Why the log density at a site is not finite, or None if it is. Sets site["log_prob"]."""
+    """Why a site's log density is not finite; None if it is finite. Sets site["log_prob"]."""
     fn, value = site["fn"], site["value"]
-    if site["infer"].get("_deterministic") or isinstance(value, int | float):
+    if is_deterministic(site) or isinstance(value, int | float):
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"the observation is {words.a(value)}, not a tensor")
@@ -126,14 +142,14 @@ def _density_problem(site: Site) -> str | None:
     except ValueError as error:
         if "within the support" not in str(error):
             raise
-        # What lies outside may be masked, or do so by rounding: judge that below.
+        # Values outside may be masked, or outside by rounding only. That is decided below.
         log_prob = torch.zeros(fn.batch_shape, device=value.device)
     outside = support.outside(fn, value, edge=site["is_observed"])
     if outside is not None:
         entries = support.entry_dims(fn)
         events = outside.flatten(-entries).any(-1) if entries else outside
         if isinstance(fn, dist.MaskedDistribution):
-            events = events & fn._mask
+            events = events & mask_of(fn)
         log_prob = torch.where(events, -torch.inf, log_prob)
     site["log_prob"] = log_prob
     bad = ~torch.isfinite(scale_and_mask(log_prob, site["scale"], site["mask"]))
@@ -151,9 +167,9 @@ def _density_problem(site: Site) -> str | None:
 
 
 def numerical(error: Exception | None) -> bool:
-    """Whether an error depends on where the latents are, so that other draws may do without it."""
+    """Whether an error depends on the values of the latents, so that another draw may be fine."""
     if isinstance(error, torch.linalg.LinAlgError | ArithmeticError):
-        return not isinstance(error, ZeroDivisionError)  # Pyro's complaint about an empty plate
+        return not isinstance(error, ZeroDivisionError)  # which Pyro raises for an empty plate
     signs = (
         "to satisfy the constraint",
         "to be within the support",
@@ -166,6 +182,6 @@ def numerical(error: Exception | None) -> bool:
 
 
 def passed(runs: list[Run]) -> bool:
-    """Whether each site's density was finite in one run at least."""
+    """Whether each site's density was finite in at least one run."""
     complete = [set(run.problems) for run in runs if run.error is None]
     return bool(complete) and not set.intersection(*complete)

@@ -1,4 +1,4 @@
-"""Shapes of sites: batch and event dimensions, and the plates they belong to."""
+"""Checks of the shapes of sites: their batch and event dimensions, and their plates."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from vi_toolkit.programs.sites import Site, core, plates
 
 
 def _undeclared(site: Site, shape: Any) -> dict[int, int]:
-    """Batch dimensions (counted from the right) that belong to no plate, and their sizes."""
+    """Batch dimension, counted from the right -> size, of those that belong to no plate."""
     declared = {f.dim for f in plates(site).values()}
     sizes = {i - len(shape): n for i, n in enumerate(shape)}
     return {dim: n for dim, n in sizes.items() if n > 1 and dim not in declared}
 
 
 def check_broadcast(model: Run) -> None:
-    """An observation of shape (n,) against a mean of shape (n, 1) counts n^2 terms."""
+    """Check that broadcasting does not count an observation more than once.
+
+    An observation of shape (n,) with a mean of shape (n, 1) counts n^2 terms.
+    """
     for name, site in model.observed.items():
         if "log_prob" not in site or isinstance(site["fn"], dist.Unit):
             continue
@@ -43,7 +46,7 @@ def check_broadcast(model: Run) -> None:
 
 
 def _check_observation(name: str, site: dict[str, Any]) -> None:
-    """An observation of shape (n, 1) or (1,) where the plate holds n is repeated n times."""
+    """Check that an observation of shape (n, 1) or (1,) does not meet a plate of n rows."""
     fn, value = site["fn"], site["value"]
     observed = tuple(value.shape[: value.dim() - fn.event_dim])
     expected = tuple(fn.batch_shape)
@@ -67,7 +70,10 @@ def _check_observation(name: str, site: dict[str, Any]) -> None:
 
 
 def check_enumerable(model: Run) -> None:
-    """Enumeration puts its dimensions left of the plates, so every batch dimension needs one."""
+    """Check that every batch dimension has a plate.
+
+    Enumeration adds dimensions to the left of all plates, and takes others there for its own.
+    """
     for name, site in (model.latents | model.observed).items():
         batch = tuple(site["fn"].batch_shape)
         for dim, size in _undeclared(site, batch).items():
@@ -81,6 +87,7 @@ def check_enumerable(model: Run) -> None:
 
 
 def check_subsample(model: Run, subsample: Mapping[str, int]) -> None:
+    """Check that ``subsample`` names plates of the model, with minibatch sizes that fit them."""
     for name, batch in subsample.items():
         if name not in model.plates:
             twin = words.nearest(name, model.plates)
@@ -104,6 +111,7 @@ def check_subsample(model: Run, subsample: Mapping[str, int]) -> None:
 
 
 def check_plates(model: Run, guide: Run, automatic: bool) -> None:
+    """Check that plates of one name have one size in model and guide (``automatic``: of Pyro)."""
     for name in guide.plates.keys() & model.plates.keys():
         remedy = f'Write pyro.plate("{name}", {model.plates[name][0]}) in the guide too.'
         sizes = zip(model.plates[name], guide.plates[name], strict=True)
@@ -121,7 +129,13 @@ def check_plates(model: Run, guide: Run, automatic: bool) -> None:
 
 
 def check_shape(name: str, model: Site, guide: Site, set_up: bool) -> None:
-    """Plates and shape of one latent; ``set_up``: whether an autoguide took them from elsewhere."""
+    """Check that a latent has the same plates and shape in model and guide.
+
+    Args:
+        name: of the latent.
+        model, guide: its sites.
+        set_up: whether the guide's shapes come from an autoguide's earlier run.
+    """
     p, q = model["fn"], guide["fn"]
     missing = p.event_dim - q.event_dim
     for plate, frame in plates(model).items():
@@ -140,7 +154,7 @@ def check_shape(name: str, model: Site, guide: Site, set_up: bool) -> None:
                 name,
                 f"{remedy}.",
             )
-    # Leading dimensions of size 1 do not count: broadcasting adds and drops them.
+    # Leading dimensions of size 1 do not matter, because broadcasting adds and drops them.
     batch, guide_batch = (
         list(itertools.dropwhile(lambda n: n == 1, fn.batch_shape)) for fn in (p, q)
     )

@@ -1,4 +1,4 @@
-"""Which sites there are: latents, observations, the guide's, and those declared in LATENTS."""
+"""Checks of which sites model and guide have, and which ``LATENTS`` declares."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from vi_toolkit.preflight import words
 from vi_toolkit.preflight.data import signature
 from vi_toolkit.preflight.runs import Run
 from vi_toolkit.preflight.support import distribution_name, is_discrete
-from vi_toolkit.programs.private_guide import unwrap
-from vi_toolkit.programs.sites import Site, plates
+from vi_toolkit.programs.sites import Site, is_deterministic, plates
+from vi_toolkit.pyro_private import unwrap
 
 
 def check_latents(model: Run) -> None:
+    """Check that the model has a latent."""
     if not model.latents:
         observed = f" (observed: {words.listed(model.observed)})" if model.observed else ""
         raise PreflightError(
@@ -29,7 +30,7 @@ def check_latents(model: Run) -> None:
 
 
 def check_declared(model: Callable[..., Any], run: Run) -> None:
-    """The latents against the model's ``LATENTS``."""
+    """Check the latents against ``LATENTS``, if the model has one."""
     for name, dims in _declared(model).items():
         if name not in run.sites:
             twin = words.nearest(name, run.latents)
@@ -60,7 +61,7 @@ def check_declared(model: Callable[..., Any], run: Run) -> None:
                 )
         fn, shape = site["fn"], tuple(site["fn"].shape())
         if len(shape) != len(dims):
-            # A plate at dim=-2 leaves a dimension of size 1 on its right: nobody declares it.
+            # A plate at dim=-2 leaves a dimension of size 1 on its right, which is not declared.
             kept = {frame.dim + len(fn.batch_shape) for frame in plates(site).values()}
             batch = [n for i, n in enumerate(fn.batch_shape) if n > 1 or i in kept]
             shape = (*batch, *fn.event_shape)
@@ -75,7 +76,7 @@ def check_declared(model: Callable[..., Any], run: Run) -> None:
 
 
 def _declared(model: Any) -> Mapping[str, Any]:
-    """``LATENTS`` of the model or of its module, where ``model`` is the module's model."""
+    """``LATENTS`` of the model, or of the module whose ``model`` it is; else empty."""
     fn = unwrap(model)
     while isinstance(fn, functools.partial):
         fn = fn.func
@@ -83,12 +84,16 @@ def _declared(model: Any) -> Mapping[str, Any]:
         return latents
     module = sys.modules.get(getattr(fn, "__module__", None) or "")
     latents = getattr(module, "LATENTS", None)
-    # A module may hold several models; its LATENTS are those of `model`.
+    # A module may hold several models; its LATENTS belong to the one that is named `model`.
     return latents if isinstance(latents, Mapping) and getattr(module, "model", fn) is fn else {}
 
 
 def unobserved(model: Callable[..., Any], run: Run, data: Mapping[str, Any]) -> str | None:
-    """A warning for data that are not observed; an observation left out is an error."""
+    """The text of a warning if there are data but no observed site, else None.
+
+    Raises:
+        PreflightError: the model observes nothing, because an argument is None.
+    """
     if run.observed:
         return None
     known = signature(model)
@@ -102,21 +107,28 @@ def unobserved(model: Callable[..., Any], run: Run, data: Mapping[str, Any]) -> 
     if not data:
         return None
     return (
-        "The model observes nothing, so the posterior is the prior; if the data are meant as "
-        "observations, pass them with obs= in pyro.sample."
+        "The model observes nothing, so the posterior is the prior. If the data are observations, "
+        "pass them to pyro.sample with obs=."
     )
 
 
 def check_guide(guide: Run, reparameterised: bool | None, enumerated: bool) -> None:
+    """Check that the guide observes nothing, draws no nan, and can be reparameterised if need be.
+
+    Args:
+        guide: a run of it.
+        reparameterised: whether the estimator needs gradients through the draws.
+        enumerated: whether sites marked for enumeration are summed out.
+    """
     for name, site in guide.sites.items():
         infer, value = site["infer"], site["value"]
         if site["is_observed"]:
-            if not infer.get("_deterministic") and not infer.get("is_auxiliary"):
+            if not is_deterministic(site) and not infer.get("is_auxiliary"):
                 raise PreflightError(
                     f"The guide observes '{name}'.",
                     name,
-                    "Remove its obs=: data enter through the model, and a guide only "
-                    "samples latents.",
+                    "Remove its obs=: the data belong in the model, and a guide only samples "
+                    "latents.",
                 )
             continue
         nan = torch.isnan(value) if isinstance(value, Tensor) else torch.zeros(())
@@ -129,8 +141,8 @@ def check_guide(guide: Run, reparameterised: bool | None, enumerated: bool) -> N
         summed_out = enumerated and infer.get("enumerate")
         if reparameterised and not summed_out and not site["fn"].has_rsample:
             raise PreflightError(
-                f"The guide's {distribution_name(site['fn'])} at site '{name}' has no reparameterised draws, "
-                "which this estimator needs.",
+                f"The guide's {distribution_name(site['fn'])} at site '{name}' has no "
+                "reparameterised draws, which this estimator needs.",
                 name,
                 "Use another distribution there, or a score-function estimator: "
                 "estimator=pyro.infer.Trace_ELBO().",
@@ -138,7 +150,13 @@ def check_guide(guide: Run, reparameterised: bool | None, enumerated: bool) -> N
 
 
 def missing_discrete(name: str, site: Site | None, automatic: bool = False) -> PreflightError:
-    """``site``: the model's, if it is known; ``automatic``: whether Pyro made the guide."""
+    """The error for a discrete latent that the guide does not sample.
+
+    Args:
+        name: of the latent.
+        site: the model's site, if it is known.
+        automatic: whether the guide is one of Pyro's autoguides.
+    """
     steps = ["fit with estimator=pyro.infer.TraceEnum_ELBO()"]
     if automatic:
         steps.insert(0, f'hide it from the autoguide by poutine.block(model, hide=["{name}"])')
@@ -152,7 +170,13 @@ def missing_discrete(name: str, site: Site | None, automatic: bool = False) -> P
 
 
 def check_sites(model: Run, guide: Run, enumerated: bool, automatic: bool) -> None:
-    """Missing and extra sites of the guide."""
+    """Check that the guide samples the model's latents, and nothing else.
+
+    Args:
+        model, guide: runs of both.
+        enumerated: whether latents marked for enumeration are summed out.
+        automatic: whether the guide is one of Pyro's autoguides.
+    """
     latents, sampled = model.latents, guide.latents
     extra = [
         name
@@ -188,7 +212,7 @@ def check_sites(model: Run, guide: Run, enumerated: bool, automatic: bool) -> No
         )
     for name in extra:
         if name in model.sites:
-            computed = model.sites[name]["infer"].get("_deterministic")
+            computed = is_deterministic(model.sites[name])
             how = "computes (pyro.deterministic)" if computed else "observes"
             raise PreflightError(
                 f"The guide samples '{name}', which the model {how}.",

@@ -1,4 +1,4 @@
-"""Supports: where a distribution's draws can be, and whether the guide's lie inside the model's."""
+"""Checks of supports: whether the guide draws only values that the model allows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vi_toolkit.errors import PreflightError
 from vi_toolkit.preflight import words
 from vi_toolkit.programs.sites import Site, core
 
-# Sets whose entries depend on each other, so that no box lies inside: constraint -> in words.
-# The first that fits counts, so a smaller set comes first.
+# Constraints under which the entries of a value depend on each other -> their names in messages.
+# The first that matches is taken, so a smaller set comes before one that contains it.
 _JOINT = {
     "simplex": "the simplex",
     "positive_ordered_vector": "positive ordered vectors",
@@ -40,11 +40,12 @@ _USUAL = {
 
 
 def distribution_name(fn: Any) -> str:
+    """Name of a distribution's class, without wrappers."""
     return type(core(fn)).__name__
 
 
 def stated(fn: Any) -> Any:
-    """The support that a distribution states, entry-wise if it can be; None if it states none."""
+    """The support that a distribution states, of single entries if possible; None if none."""
     try:
         return _strip(fn.support)
     except (AttributeError, NotImplementedError):
@@ -58,6 +59,7 @@ def _strip(support: Any) -> Any:
 
 
 def is_discrete(fn: Any) -> bool:
+    """Whether a distribution is known to be discrete."""
     try:
         return bool(stated(fn).is_discrete)
     except (AttributeError, NotImplementedError):
@@ -65,30 +67,32 @@ def is_discrete(fn: Any) -> bool:
 
 
 def _joint(fn: Any) -> str | None:
-    """The constraint's name, if the entries of an event depend on each other."""
+    """Name of the constraint if the entries of an event depend on each other, else None."""
     support = stated(fn)
     return next((n for n in _JOINT if isinstance(support, type(getattr(constraints, n)))), None)
 
 
 @dataclass
 class Box:
-    """Entry-wise bounds: the support of a scalar, or of entries that are free of each other."""
+    """Bounds of a scalar, or of entries that do not depend on each other."""
 
     lower: Any = -torch.inf
     upper: Any = torch.inf
     discrete: bool = False
 
     def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper bound, as tensors."""
         return torch.as_tensor(self.lower).float(), torch.as_tensor(self.upper).float()
 
     def inside(self, other: Box) -> bool:
+        """Whether this box lies in another."""
         (lower, upper), (least, most) = self.bounds(), other.bounds()
-        try:  # with a slack, since a bound computed twice may differ in the last digit
+        try:  # with a tolerance, since a bound computed twice may differ in the last digit
             return bool(
                 (lower >= least - 1e-5 * least.abs().nan_to_num(0, 0).clamp_min(1)).all()
                 and (upper <= most + 1e-5 * most.abs().nan_to_num(0, 0).clamp_min(1)).all()
             )
-        except RuntimeError:  # bounds that do not broadcast: shapes are another check's matter
+        except RuntimeError:  # the bounds do not broadcast, which another check reports
             return True
 
     def __str__(self) -> str:
@@ -100,7 +104,7 @@ class Box:
 
 def _text(bound: Tensor) -> str:
     ends = [bound.min().item(), bound.max().item()]
-    # A sigmoid stops at the smallest positive float.
+    # The range of a sigmoid starts at the smallest positive float, which is to be written as 0.
     texts = [f"{end if abs(end) > 1e-30 else 0.0:.4g}" for end in ends]
     return texts[0] if texts[0] == texts[1] else f"{texts[0]}...{texts[1]}"
 
@@ -108,7 +112,7 @@ def _text(bound: Tensor) -> str:
 def _box(support: Any) -> Box | None:
     if isinstance(support, constraints.MixtureSameFamilyConstraint):
         box = _box(_strip(support.base_constraint))
-        # Bounds that differ between components have a dimension that values do not have.
+        # Bounds that differ between components have one dimension more than values.
         return box if box and all(bound.numel() == 1 for bound in box.bounds()) else None
     if isinstance(support, type(constraints.real)):
         return Box()
@@ -126,11 +130,11 @@ def _box(support: Any) -> Box | None:
 
 
 def support_box(fn: Any) -> Box | None:
-    """The box that a distribution's draws fill; None if that is not known.
+    """The box of all values that a distribution can draw; None if it is not known.
 
-    The support of a TransformedDistribution is its last codomain, which for an affine map is the
-    whole line whatever went in: follow the bounds through the transforms instead. Distributions
-    with a name of their own (LogNormal, Gumbel, ...) state their support.
+    A TransformedDistribution states the codomain of its last transform. For an affine map that is
+    the whole line, whatever the base distribution, so the bounds are carried through the transforms
+    instead. Subclasses such as LogNormal and Gumbel state their support themselves.
     """
     fn = core(fn)
     if getattr(type(fn), "support", None) is not TransformedDistribution.support:
@@ -138,40 +142,46 @@ def support_box(fn: Any) -> Box | None:
     box = support_box(fn.base_dist)
     if box is None:
         return None
-    try:  # increasing or decreasing in each entry, so the bounds go to the bounds
+    try:  # entry by entry, a transform is monotone and maps bounds to bounds
         ends = [transforms.ComposeTransform(fn.transforms)(end) for end in box.bounds()]
         if not any(torch.isnan(end).any() for end in ends):
             return Box(torch.minimum(*ends), torch.maximum(*ends))
-    except (IndexError, RuntimeError, TypeError, ValueError):  # mixes the entries of a vector
+    except (IndexError, RuntimeError, TypeError, ValueError):  # it mixes the entries of a vector
         pass
-    # A permutation, say, keeps whatever bounds there were, and states the whole line.
+    # Such a transform may still keep the bounds, as a permutation does, and state the whole line.
     return _box(stated(fn)) if Box().inside(box) else None
 
 
 def describe(fn: Any) -> str:
-    """The support in words."""
+    """The support in words, for a message."""
     return str(support_box(fn) or _JOINT.get(_joint(fn) or "") or stated(fn))
 
 
 def entry_dims(fn: Any) -> int:
-    """How many dimensions ``outside`` adds to the batch shape: an event's, if it is a box."""
+    """Number of event dimensions in the result of :func:`outside`: all for a box, else none."""
     return fn.event_dim if _box(stated(fn)) else 0
 
 
 def outside(fn: Any, value: Tensor, edge: bool = False) -> Tensor | None:
-    """What lies outside a support by more than rounding; None if that is not known.
+    """Which values lie outside a distribution's support by more than rounding.
 
-    Entry by entry for bounds, else event by event. The edge of an interval counts as outside only
-    if asked: exp underflows to 0 and a sigmoid rounds to 1.
+    Args:
+        fn: the distribution.
+        value: shape (*batch shape, *event shape), or one that broadcasts to it.
+        edge: whether the ends of an interval count as outside. For a draw they should not, because
+            exp underflows to 0 and a sigmoid rounds to 1.
+
+    Returns:
+        Flags for each entry if the support is a box, else for each event; None if it is not known.
     """
     support = stated(fn)
     box = _box(support)
     if box and not box.discrete and not edge:
         return ~((value >= box.lower) & (value <= box.upper))
-    if _joint(fn) == "simplex":  # torch allows 1e-6, which a long float32 sum exceeds
+    if _joint(fn) == "simplex":  # torch's tolerance, 1e-6, is too small for a long float32 sum
         return (value < 0).any(-1) | ((value.sum(-1) - 1).abs() > 1e-3)
     if isinstance(support, constraints.MixtureSameFamilyConstraint):
-        if box is None:  # its check wants a value inside all components, where one is enough
+        if box is None:  # torch's check is wrong: it asks for a value inside every component
             return None
         support = _strip(support.base_constraint)
     try:
@@ -181,7 +191,7 @@ def outside(fn: Any, value: Tensor, edge: bool = False) -> Tensor | None:
 
 
 def _replacement(fn: Any) -> str:
-    """A distribution for a guide of a latent with this prior."""
+    """A distribution to recommend for the guide of a latent with this prior."""
     if describe(fn) in _USUAL:
         return _USUAL[describe(fn)]
     box, constraint = support_box(fn), _joint(fn)
@@ -206,7 +216,7 @@ def _replacement(fn: Any) -> str:
 
 
 def set_up_on(guide: Any) -> Mapping[str, Any]:
-    """Site -> the prior whose support an autoguide took when it was set up."""
+    """Site -> the prior from which an autoguide took the support when it was set up."""
     parts = guide.modules() if isinstance(guide, AutoGuide) else ()
     return {
         name: site["fn"]
@@ -219,9 +229,13 @@ def set_up_on(guide: Any) -> Mapping[str, Any]:
 
 
 def check_support(name: str, model: Site, guide: Site, prototype: Any, autoguide: str) -> None:
-    """Whether the guide's draws of a latent lie in the model's support.
+    """Check that the guide's draws of a latent lie in the model's support.
 
-    An autoguide maps onto the support of the ``prototype`` that it was set up on.
+    Args:
+        name: of the latent.
+        model, guide: its sites.
+        prototype: the prior that an autoguide was set up on, whose support it maps to; else None.
+        autoguide: name of the autoguide's class, else "".
     """
     p, q = model["fn"], guide["fn"]
     if isinstance(core(p), dist.Delta):
@@ -229,7 +243,7 @@ def check_support(name: str, model: Site, guide: Site, prototype: Any, autoguide
     at_fault, remedy = distribution_name(q), f"Use {_replacement(p)} in the guide."
     ours, theirs, discrete = support_box(p), support_box(q), is_discrete(q)
     if isinstance(core(q), dist.Delta):
-        theirs = None  # a point: it is the draw that counts
+        theirs = None  # a point mass: check its value instead
     if prototype is not None:
         theirs, discrete = _box(stated(prototype)), is_discrete(prototype)
         at_fault, remedy = autoguide, "Build it anew from this model."
@@ -256,7 +270,11 @@ def check_support(name: str, model: Site, guide: Site, prototype: Any, autoguide
 
 
 def check_fixed_support(name: str, one: Site, other: Site, autoguide: str) -> None:
-    """Whether a support that an autoguide fixed at its set-up moves with other latents."""
+    """Check that the support of a latent does not depend on others if an autoguide fixes it.
+
+    Args:
+        one, other: the latent's site in two runs of the model.
+    """
     if any(f.full_size not in (None, f.size) for f in one["cond_indep_stack"]):
         return  # two different minibatches
     first, second = (_box(stated(site["fn"])) for site in (one, other))

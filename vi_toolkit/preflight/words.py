@@ -1,4 +1,4 @@
-"""How the messages write types, indices, names and what others say."""
+"""Words for messages: types, indices, names and the text of other errors."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch import Tensor
 
 
 def a(value: Any) -> str:
-    """The value's type, with an article and the package it is from."""
+    """Type of a value, with an article and its package: "a numpy.ndarray"."""
     module, name = type(value).__module__.partition(".")[0], type(value).__name__
     name = name if module in ("builtins", "__main__") else f"{module}.{name}"
     return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
 
 
 def at(index: tuple[int, ...]) -> str:
+    """Where an entry is, such as ``at index 3``; nothing for a scalar."""
     return f" at index {index[0] if len(index) == 1 else index}" if index else ""
 
 
 def entry(key: Any) -> str:
+    """Expression for an entry of the data."""
     return f'data["{key}"]'
 
 
@@ -31,7 +33,7 @@ def first(flags: Tensor) -> tuple[int, ...]:
 
 
 def item(value: Tensor, flags: Tensor) -> str:
-    """The first entry, or event, of a value that is flagged, and its index."""
+    """The first flagged entry or event of a value, and its index."""
     index, event = first(flags), value.shape[flags.dim() :] if flags.dim() < value.dim() else ()
     chosen = value.expand(flags.shape + event)[index]
     text = f"{chosen.item():g}" if chosen.numel() == 1 else str(chosen.flatten().tolist()[:4])
@@ -39,22 +41,23 @@ def item(value: Tensor, flags: Tensor) -> str:
 
 
 def line(error: BaseException | None) -> str:
-    """What an exception says, on one short line that ends with a stop."""
+    """Message of an exception on one short line that ends with a full stop."""
     text = " ".join(str(error).split()).partition(" Trace Shapes:")[0] or "no message"
-    # torch spells out the distribution and the whole of its parameter.
+    # torch writes out the distribution and all entries of its parameter.
     text = re.sub(r" \(Tensor of shape .*?\) of distribution (\w+)\(.*\) to", r" of \1 to", text)
     text = text if len(text) <= 160 else text[:157] + "..."
     return text if text[-1] in ".!?" else text + "."
 
 
 def listed(names: Iterable[str]) -> str:
+    """The first four names in quotes, and how many more there are."""
     quoted = [f"'{n}'" for n in names]
     return ", ".join(quoted[:4]) + (f" and {len(quoted) - 4} more" if len(quoted) > 4 else "")
 
 
 def nearest(name: str, names: Iterable[Any]) -> str | None:
-    """The name that a misspelt one was meant to be."""
-    # difflib rates case as heavily as any other letter.
+    """The name that a misspelt one probably stands for; None if none is close."""
+    # Lower case, because to difflib "X" and "x" are as different as any two letters.
     lower = {str(n).lower(): str(n) for n in names}
     close = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.6)
     return lower[close[0]] if close else None

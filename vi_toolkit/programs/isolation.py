@@ -1,7 +1,7 @@
-"""A room of its own for a fit: parameter store, random state, default dtype.
+"""Runs a block in isolation: with its own parameter store, random state and default dtype.
 
-Pyro keeps parameters, and torch its generator and default dtype, in process-wide places. A fit
-borrows them for as long as it runs and puts them back as they were, whatever happens.
+Pyro's parameters, torch's random generators and torch's default dtype belong to the whole process.
+A fit changes them while it runs and then puts them back as they were, even after an error.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import pyro
 import torch
 from pyro.params.param_store import ParamStoreDict
 
-# Pyro's handler stack is process-wide as well, so two fits in two threads take turns.
+from vi_toolkit.pyro_private import global_store_as
+
+# Pyro's handler stack belongs to the whole process as well, so threads take turns.
 _LOCK = threading.RLock()
-GPU_STATE_BYTES = 16  # bytes of the state of a GPU's generator: seed and offset
+GPU_STATE_BYTES = 16  # size of the state of a GPU's generator: seed and offset
 
 
 @contextlib.contextmanager
@@ -29,7 +31,7 @@ def isolated_pyro_state(
     """Run a block with its own parameter store, random state and default dtype.
 
     Args:
-        store: parameters to work on; they are updated in place. A fresh store if None.
+        store: parameters to work on, updated in place; a new, empty store if None.
         rng_state: state of torch's generators to start from (:func:`random_state`); the caller's if
             None.
         dtype: default floating dtype; the caller's if None.
@@ -39,14 +41,9 @@ def isolated_pyro_state(
         The store in use.
     """
     store = ParamStoreDict() if store is None else store
-    with _LOCK:
-        live = pyro.get_param_store()
-        theirs = (live._params, live._param_to_name, live._constraints)
+    with _LOCK, global_store_as(store):
         their_rng = random_state()
         their_dtype = torch.get_default_dtype()
-        live._params = store._params
-        live._param_to_name = store._param_to_name
-        live._constraints = store._constraints
         try:
             if rng_state is not None:
                 set_random_state(rng_state)
@@ -55,11 +52,6 @@ def isolated_pyro_state(
             with pyro.validation_enabled(validate):
                 yield store
         finally:
-            # The dictionaries may have been replaced (pyro.clear_param_store) inside the block.
-            store._params = live._params
-            store._param_to_name = live._param_to_name
-            store._constraints = live._constraints
-            live._params, live._param_to_name, live._constraints = theirs
             torch.set_default_dtype(their_dtype)
             set_random_state(their_rng)
 
@@ -70,7 +62,7 @@ def random_state() -> torch.Tensor:
 
 
 def set_random_state(state: torch.Tensor) -> None:
-    """Set what :func:`random_state` gave, here or in a process with more or fewer GPUs."""
+    """Set a state from :func:`random_state`, perhaps of a process with more or fewer GPUs."""
     cpu, gpus = torch.get_rng_state().numel(), _of_gpus()
     if state.numel() == cpu:
         torch.set_rng_state(state)
@@ -81,14 +73,14 @@ def set_random_state(state: torch.Tensor) -> None:
 
 
 def seeded_state(seed: int) -> torch.Tensor:
-    """:func:`random_state` after ``torch.manual_seed(seed)``."""
+    """The state that :func:`random_state` has after ``torch.manual_seed(seed)``."""
     devices = ["cpu", *(f"cuda:{k}" for k in range(len(_of_gpus())))]
     return _joined([torch.Generator(d).manual_seed(seed).get_state() for d in devices])
 
 
 @contextlib.contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Whatever is drawn in the block, the generators go on from where they were."""
+    """Run a block, then put the random generators back to where they were before it."""
     state = random_state()
     try:
         yield
@@ -101,5 +93,5 @@ def _of_gpus() -> list[torch.Tensor]:
 
 
 def _joined(states: list[torch.Tensor]) -> torch.Tensor:
-    # (No operator where none is needed: a step that is being recorded would have it in it.)
+    # Without a GPU this must be no operator: a step being recorded would record it too.
     return torch.cat(states) if len(states) > 1 else states[0]

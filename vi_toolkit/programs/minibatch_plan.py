@@ -1,4 +1,4 @@
-"""Finding out how a model takes minibatches of a plate, and checking that the answer is right."""
+"""Finds out how a model takes minibatches of a plate, and checks that the answer is right."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pyro.infer.autoguide import AutoGuide
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.programs.isolation import seeded_state
 from vi_toolkit.programs.minibatches import FAILURES, PlatePlan, plans
+from vi_toolkit.programs.sites import latent_sites, plate_dims
 from vi_toolkit.programs.workspace import Workspace
 
 
 def minibatch_plan(workspace: Workspace, name: str, batch: int) -> PlatePlan:
-    """How the model takes minibatches of ``batch`` rows of the plate ``name``.
+    """Find out how the model takes minibatches of ``batch`` rows of the plate ``name``.
 
-    Tries the plate's indices first, then data cut to the minibatch, and takes the first way in
-    which every site in the plate has one entry per row, is scaled by N / batch, and has the same
-    log density per row as on the full data.
+    Tries the plate's indices first, then data cut to the minibatch. A way is right if every site
+    in the plate has one entry per row, is scaled by N / batch, and has the same log density per
+    row as on all the data.
 
     Raises:
         PreflightError: there is no such plate, or neither way works.
@@ -46,10 +47,10 @@ def minibatch_plan(workspace: Workspace, name: str, batch: int) -> PlatePlan:
         )
     size = sizes[name]
     guide = workspace.guide
-    if isinstance(guide, AutoGuide) and name in getattr(guide, "_prototype_frames", {}):
-        # The guide's own plate would insist on the full size.
-        dim = guide._prototype_frames[name].dim
-        guide.create_plates = lambda *a, **k: pyro.plate(name, size, dim=dim)
+    dims = _autoguide_plates(guide) if isinstance(guide, AutoGuide) else {}
+    if name in dims:
+        # The plate that the guide would make itself insists on the full size.
+        guide.create_plates = lambda *a, **k: pyro.plate(name, size, dim=dims[name])
     failures = []
     for plan in plans(workspace.data, name, size, batch):
         try:
@@ -71,8 +72,16 @@ def minibatch_plan(workspace: Workspace, name: str, batch: int) -> PlatePlan:
     )
 
 
+def _autoguide_plates(guide: AutoGuide) -> dict[str, int]:
+    """Name -> dimension of the plates around the latents of an autoguide that has run."""
+    if guide.prototype_trace is None:
+        return {}
+    sites = latent_sites(guide.prototype_trace).values()
+    return {name: dim for site in sites for name, dim in plate_dims(site).items()}
+
+
 def check_minibatch_densities(workspace: Workspace, plan: PlatePlan) -> None:
-    """Check that a row's log density does not depend on which other rows are there.
+    """Check that the log density of a row does not depend on the other rows.
 
     Raises:
         ValueError: it does, because the model computes something from all rows (a mean, say).
@@ -106,7 +115,7 @@ def check_minibatch_densities(workspace: Workspace, plan: PlatePlan) -> None:
         there = there.index_select(frames[0].dim, rows.to(there.device))
         if not torch.allclose(here, there, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ValueError(
-                f"site {name!r} has another density in a minibatch than in the full data: the "
+                f"site {name!r} has one density in a minibatch and another in the full data: the "
                 "model computes something from all rows (a mean, say), which a minibatch changes"
             )
 

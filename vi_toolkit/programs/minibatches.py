@@ -1,12 +1,12 @@
 """Minibatches of a plate, for models written with or without the plate's indices.
 
-Two ways of writing a model are served alike:
+A model may be written in either of two ways:
 
-* *indices*: ``with pyro.plate("observations", N) as i: ... X[i] ... obs=y[i]``. The plate hands
-  out the minibatch's indices and scales by N/B itself.
-* *slices*: ``with pyro.plate("observations", len(y)): ... obs=y``. The data tensors whose first
-  dimension is the plate's are cut before the model sees them, and what the plate holds is scaled
-  by N/B here.
+* *with indices*: ``with pyro.plate("observations", N) as i: ... X[i] ... obs=y[i]``. The plate
+  gives the model the minibatch's indices, and scales the sites in it by N/B.
+* *with slices*: ``with pyro.plate("observations", len(y)): ... obs=y``. Data tensors whose first
+  dimension is the plate's are cut to the minibatch before the model sees them, and the sites in
+  the plate are scaled by N/B here.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-# A plate of more than so many rows is large: checks and set-up run on a minibatch of it.
+# A plate with more rows than this is large: checks and set-up run on a minibatch of it.
 MANY_ROWS = 5_000
-FAILURES = (RuntimeError, ValueError, IndexError, AssertionError)  # of a plan that is not the one
+# What a model may raise if it does not take minibatches in the way that is tried.
+FAILURES = (RuntimeError, ValueError, IndexError, AssertionError)
 
 
 class Minibatches:
-    """Indices of one epoch after the other, each in a new random order; the last may be short.
+    """Indices of minibatches, epoch after epoch, each epoch in a new random order.
 
-    The cost per step does not depend on ``size``: the order is drawn once per epoch.
+    The last minibatch of an epoch may be short. A new order is drawn once per epoch, so the cost
+    per step does not grow with ``size``.
 
     Args:
         size: number of data, N.
         batch: minibatch size, B.
-        generator: source of the orders.
+        generator: draws the orders.
     """
 
     def __init__(self, size: int, batch: int, generator: torch.Generator):
@@ -44,7 +46,7 @@ class Minibatches:
         self.position = 0
 
     def next(self) -> torch.Tensor:
-        """The next minibatch's indices."""
+        """Indices of the next minibatch."""
         if self.position >= len(self.order):
             self.order = torch.randperm(self.size, generator=self.generator)
             self.position = 0
@@ -54,7 +56,7 @@ class Minibatches:
 
     @property
     def per_epoch(self) -> int:
-        """Minibatches per epoch."""
+        """Number of minibatches per epoch."""
         return -(-self.size // self.batch)
 
     @property
@@ -64,7 +66,7 @@ class Minibatches:
         return min(self.batch, left if left > 0 else self.size)
 
     def several(self, most: int) -> torch.Tensor:
-        """The next minibatches as far as they are of one size: shape (at most ``most``, size).
+        """Indices of the next minibatches, as many as have one size: (at most ``most``, size).
 
         Example:
             >>> batches = Minibatches(10, 4, torch.Generator().manual_seed(0))
@@ -100,12 +102,12 @@ class Minibatches:
 
 
 class SubsamplePlates(Messenger):
-    """While active, the named plates hold a minibatch.
+    """Makes the named plates hold a minibatch while it is active.
 
     Args:
         indices: plate name -> indices, for models that use the plate's indices.
         scales: plate name -> N/B, for models that are given cut data.
-        rows: plate name -> (indices, N), for models that are given cut data: which data those are.
+        rows: plate name -> (indices of the cut data, N), for models that are given cut data.
     """
 
     def __init__(
@@ -131,7 +133,14 @@ class SubsamplePlates(Messenger):
 
 @dataclass
 class PlatePlan:
-    """How one plate is subsampled: its sizes, and the data entries to cut (None: by indices)."""
+    """How one plate is subsampled.
+
+    Attributes:
+        name: name of the plate.
+        size: number of its rows, N.
+        batch: minibatch size, B.
+        cut: entries of the data that are cut to the minibatch; None if the model uses indices.
+    """
 
     name: str
     size: int
@@ -149,8 +158,14 @@ class PlatePlan:
         return cut, SubsamplePlates({}, {self.name: self.size / len(indices)}, rows)
 
     def check(self, trace: Any) -> None:
-        """Raises ValueError unless every site in the plate, in a trace of a minibatch with log
-        densities, has an entry for each of its rows, scaled by N/B."""
+        """Check that every site in the plate has one entry per row, scaled by N/B.
+
+        Args:
+            trace: of a run on a minibatch, with log densities.
+
+        Raises:
+            ValueError: a site has other entries or another scale.
+        """
         for name, site in trace.nodes.items():
             frames = [f for f in site.get("cond_indep_stack", ()) if f.name == self.name]
             if site["type"] != "sample" or not frames:
@@ -166,7 +181,7 @@ class PlatePlan:
                     raise ValueError(f"site {name!r} has batch shape {tuple(shape)}")
 
     def with_batch(self, batch: int) -> PlatePlan:
-        """The same for minibatches of another size."""
+        """The same plan with minibatches of another size."""
         return PlatePlan(self.name, self.size, batch, self.cut)
 
 
@@ -178,7 +193,7 @@ def plans(data: Mapping[str, Any], name: str, size: int, batch: int) -> Iterator
 
 
 class _Entered(Exception):
-    """Ends a run where it enters the plate."""
+    """Ends a run when it enters the plate."""
 
     def __init__(self, size: int):
         self.size = size
@@ -197,11 +212,11 @@ class _UntilEntered(Messenger):
 def plan_of_large_plate(
     model: Callable[..., Any], data: Mapping[str, Any], subsample: Mapping[str, int] | None
 ) -> PlatePlan | None:
-    """How the model takes minibatches of the plate named by `subsample`, if the plate is large.
+    """The plan for the plate that ``subsample`` names, if the plate is large; else None.
 
-    The model never runs on all rows for it. None if the plate has at most MANY_ROWS rows or four
-    minibatches, or if the model does not run on a minibatch: whatever is wrong then shows, and is
-    explained, on the whole data.
+    Finding it never runs the model on all rows. A plate is large if it has more than ``MANY_ROWS``
+    rows and more than four minibatches. The answer is also None if the model fails on a minibatch:
+    a run on all the data then shows what is wrong.
     """
     if not subsample or len(subsample) > 1:
         return None

@@ -1,4 +1,4 @@
-"""Where a log density or a gradient stops being a finite number."""
+"""Finds the site and index where a log density or a gradient is not a finite number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,15 @@ def blame(
     loss: float,
     bad_gradient: torch.Tensor | None,
 ) -> NonFiniteError:
-    """Find the site and index of the first non-finite log density, or gradient."""
+    """Find the first log density or gradient that is not finite, as an error to raise.
+
+    Args:
+        model, guide, data: what the step ran.
+        handler: active while they run, such as the minibatch of the step.
+        step: number of the step, counted from 0.
+        loss: the loss of that step.
+        bad_gradient: a parameter whose gradient is not finite, if there is one.
+    """
     with torch.no_grad(), handler:
         guide_trace = poutine.trace(guide).get_trace(**data)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(**data)
@@ -56,6 +64,7 @@ def blame(
 
 
 def first_index(where: torch.Tensor) -> tuple[int, ...]:
+    """Index of the first true entry; () for a scalar."""
     flat_index = int(where.reshape(-1).int().argmax())
     return tuple(int(i) for i in np.unravel_index(flat_index, tuple(where.shape) or (1,)))[
         : where.dim()
@@ -63,7 +72,12 @@ def first_index(where: torch.Tensor) -> tuple[int, ...]:
 
 
 def first_non_finite(trace: Any, owner: str) -> tuple[str, tuple[int, ...], str] | None:
-    """(site, index, sentence) of the first non-finite value or log density in a trace."""
+    """(site, index, sentence) of the first non-finite value or log density in a trace.
+
+    Args:
+        trace: of the model or guide.
+        owner: "model" or "guide", for the sentence.
+    """
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site):
             continue

@@ -1,4 +1,4 @@
-"""One run of a model at values of its latents at which it does not raise."""
+"""Runs a model once, at values of its latents at which it does not raise."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.distributions import biject_to
 from vi_toolkit.programs.sites import latent_sites
 from vi_toolkit.programs.vectorise import BAD_POINT
 
-ATTEMPTS = 100  # at finding latents at which a model runs
+ATTEMPTS = 100  # to find latents at which a model runs
 
 
 def start_value(site: dict[str, Any]) -> torch.Tensor:
-    """A first value for a latent: the prior median, or the middle of the unconstrained space.
+    """A first value for a latent: the prior median, or zero on the unconstrained scale.
 
-    Pyro's own initialisers draw from the prior, which an improper prior does not allow.
+    Pyro's own initialisers draw from the prior, which is impossible if the prior is improper.
     """
     fn = site["fn"]
     try:
@@ -36,7 +36,7 @@ def prototype(
     data: Mapping[str, Any],
     start: Callable[[dict[str, Any]], torch.Tensor] = start_value,
 ) -> Any:
-    """Trace of one run of the model in which every latent has a value from ``start``."""
+    """Trace the model once, with a value from ``start`` for every latent."""
     with torch.no_grad(), InitMessenger(start):
         return poutine.trace(model).get_trace(**data)
 
@@ -46,13 +46,14 @@ def trace_that_runs(
     data: Mapping[str, Any],
     start: Callable[[dict[str, Any]], torch.Tensor] = start_value,
 ) -> Any:
-    """Trace of the model at latents at which it does not raise: ``start``'s, else prior draws.
+    """Trace the model at latents from ``start`` or, where it raises there, at draws of the prior.
 
-    A model may well raise at its prior medians: at a covariance that is not positive definite, or
-    in a solver that does not converge there.
+    A sound model may raise at its prior medians, for example because a covariance is not positive
+    definite there, or because a solver does not converge.
 
     Raises:
-        what the model raised first, if it also raises at ``ATTEMPTS`` prior draws.
+        Exception: the model raises at ``start`` and at ``ATTEMPTS`` prior draws. This is the first
+            of those errors.
     """
 
     def prior_draw(site: dict[str, Any]) -> torch.Tensor:
@@ -64,7 +65,7 @@ def trace_that_runs(
     first: Exception | None = None
     for attempt in range(1 + ATTEMPTS):
         try:
-            # Hidden from the handlers around, which must see one run only.
+            # Handlers around this must not see the runs that fail.
             with poutine.block():
                 return prototype(model, data, prior_draw if attempt else start)
         except BAD_POINT as error:
