@@ -1,7 +1,5 @@
 """Fits as ArviZ data: the groups, the same draws in each, and what the attributes say."""
 
-from types import SimpleNamespace
-
 import arviz as az
 import numpy as np
 import pyro
@@ -12,8 +10,6 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 import vi_toolkit as vi
 from tests.tolerances import Z
-from vi_toolkit import export
-from vi_toolkit.export import to_arviz
 
 LABELS = ["age", "bmi"]
 
@@ -110,27 +106,3 @@ def test_same_seed_same_draws_and_nothing_disturbed(fit):
         for name in one[group].data_vars:
             assert np.array_equal(one[group][name], two[group][name])
     assert not np.array_equal(one["posterior"]["w"], other["posterior"]["w"])
-
-
-def test_the_call_of_arviz_1(fit, monkeypatch):
-    """ArviZ 1.x takes one dictionary of groups; its DataTree has attributes and groups as 0.x's."""
-    calls = []
-
-    class Tree(dict):
-        attrs: dict
-
-    def from_dict(groups, *, dims, coords):
-        calls.append((groups, dims, coords))
-        tree = Tree({group: SimpleNamespace(attrs={}, **x) for group, x in groups.items()})
-        tree.attrs = {}
-        return tree
-
-    monkeypatch.setattr(export, "az", SimpleNamespace(__version__="1.3.0", from_dict=from_dict))
-    tree = to_arviz(fit, num_draws=5, dims={"w": ("predictors",)}, coords={"predictors": LABELS})
-    ((groups, dims, coords),) = calls
-    assert set(groups) == {"posterior", "posterior_predictive", "log_likelihood", "observed_data"}
-    assert groups["posterior"]["w"].shape == (1, 5, 2)
-    assert groups["observed_data"]["y"].shape == (30,)
-    assert dims == {"w": ["predictors"]}
-    assert coords == {"predictors": LABELS}
-    assert tree.attrs["method"] == tree["posterior"].attrs["method"] == "deterministic"

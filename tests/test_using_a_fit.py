@@ -142,7 +142,7 @@ def test_a_likelihood_that_is_a_factor():
     for use in (fit.predict, fit.log_likelihood):
         with pytest.raises(ValueError, match="factor 'mixture'"):
             use()
-    assert "posterior" in fit.to_arviz().groups()
+    assert "posterior" in fit.to_arviz()
 
 
 def test_a_guide_without_parameters():

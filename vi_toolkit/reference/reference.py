@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import arviz as az
 import numpy as np
 import pandas as pd
 import scipy.optimize
@@ -28,6 +27,7 @@ import torch
 from pyro import poutine
 from torch.distributions.transforms import IndependentTransform
 
+from vi_toolkit.arviz_adapter import ess, mean_se, quantile_se, rhat, sd_se
 from vi_toolkit.deterministic.modes import find_modes
 from vi_toolkit.errors import InvalidReferenceError, LoadError
 from vi_toolkit.preflight.causes import cause
@@ -358,9 +358,9 @@ class Reference:
                 raise InvalidReferenceError(f"the draws of {name} are not all finite")
             if column.min() == column.max():
                 raise InvalidReferenceError(f"{name} does not vary: every draw is {column[0]:.6g}")
-        r_hat = each_scalar(az.rhat, by_chain, method="rank")
-        bulk = each_scalar(az.ess, by_chain, method="bulk")
-        tail = each_scalar(az.ess, by_chain, method="tail", prob=(0.05, 0.95))
+        r_hat = rhat(by_chain)
+        bulk = ess(by_chain, "bulk")
+        tail = ess(by_chain, "tail")
         faults: list[str] = []
         if kind == "nuts":
             if "divergences" not in made:
@@ -394,14 +394,11 @@ class Reference:
             "mean": _rounded(flat.mean(0)),
             "sd": _rounded(sd),
             "covariance": _rounded(covariance),
-            "mean_se": _rounded(each_scalar(az.mcse, by_chain, method="mean"), 4),
-            "sd_se": _rounded(each_scalar(az.mcse, by_chain, method="sd"), 4),
-            "conditional_sd_se": _rounded(each_scalar(az.mcse, residuals, method="sd"), 4),
+            "mean_se": _rounded(mean_se(by_chain), 4),
+            "sd_se": _rounded(sd_se(by_chain), 4),
+            "conditional_sd_se": _rounded(sd_se(residuals), 4),
             "quantiles": {k: _rounded(np.quantile(flat, p, axis=0)) for k, p in LEVELS.items()},
-            "quantiles_se": {
-                k: _rounded(each_scalar(az.mcse, by_chain, method="quantile", prob=p), 4)
-                for k, p in LEVELS.items()
-            },
+            "quantiles_se": {k: _rounded(quantile_se(by_chain, p), 4) for k, p in LEVELS.items()},
             "skewness": _rounded(scipy.stats.skew(flat), 4),
             "excess_kurtosis": _rounded(scipy.stats.kurtosis(flat), 4),
             "sites": own_scale,
@@ -611,12 +608,6 @@ def _rounded(x: Any, digits: int = 12) -> Any:
 # Draws -------------------------------------------------------------------------------------
 
 
-def each_scalar(statistic: Callable[..., Any], by_chain: np.ndarray, **options: Any) -> np.ndarray:
-    """An ArviZ statistic of each scalar; (chains, n, d) -> (d,). Same call in ArviZ 0.x and 1.x."""
-    columns = np.moveaxis(by_chain, -1, 0)
-    return np.array([float(statistic(column, **options)) for column in columns])
-
-
 def admission_faults(
     names: list[str], r_hat: np.ndarray, bulk: np.ndarray, tail: np.ndarray, divergences: int
 ) -> list[str]:
@@ -628,11 +619,11 @@ def admission_faults(
         faults.append(
             f"rank R-hat of {names[worst]} is {r_hat[worst]:.4f} (must be below {MAX_R_HAT})"
         )
-    for label, ess in (("bulk", bulk), ("tail", tail)):
-        worst = int(np.argmin(np.where(np.isnan(ess), -np.inf, ess)))
-        if not ess[worst] >= MIN_ESS:
+    for label, sizes in (("bulk", bulk), ("tail", tail)):
+        worst = int(np.argmin(np.where(np.isnan(sizes), -np.inf, sizes)))
+        if not sizes[worst] >= MIN_ESS:
             faults.append(
-                f"{label} ESS of {names[worst]} is {ess[worst]:.0f} (must be at least {MIN_ESS})"
+                f"{label} ESS of {names[worst]} is {sizes[worst]:.0f} (must be at least {MIN_ESS})"
             )
     if divergences != 0:
         faults.append(f"{divergences} transitions diverged (none may)")
@@ -651,7 +642,7 @@ def _draws_row(name: str, value: np.ndarray) -> dict[str, Any]:
     if low == value.max():  # a structural constant, such as a corner of a Cholesky factor
         return _site_row(name, (low, 0.0, low, low, low), 0.0)
     numbers = (value.mean(), value.std(ddof=1), *np.quantile(value, (0.05, 0.5, 0.95)))
-    return _site_row(name, _rounded(numbers), _rounded(az.mcse(value, method="mean"), 4))
+    return _site_row(name, _rounded(numbers), _rounded(mean_se(value), 4))
 
 
 # Sums over points --------------------------------------------------------------------------
