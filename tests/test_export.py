@@ -86,9 +86,9 @@ def test_labels(fit):
 def test_arviz_can_use_and_store_it(fit, tmp_path):
     tree = fit.to_arviz(num_draws=500)
     summary = az.summary(tree, var_names=["w", "sigma"], kind="stats")
-    # The summary is rounded to three decimals.
+    # The summary is rounded, to two decimals in some versions of ArviZ.
     mean = float(tree["posterior"]["sigma"].mean())
-    assert summary.loc["sigma", "mean"] == pytest.approx(mean, abs=1e-3)
+    assert float(summary.loc["sigma", "mean"]) == pytest.approx(mean, abs=1e-2)
     path = tmp_path / "fit.nc"
     tree.to_netcdf(str(path), engine="h5netcdf")
     back = az.from_netcdf(str(path), engine="h5netcdf")
