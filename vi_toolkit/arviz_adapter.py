@@ -116,7 +116,7 @@ def psislw(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     with np.errstate(all="ignore"):  # the tail of weights that cannot be used overflows
         if _before_1():
-            return _arviz().psislw(log_weights)
+            return _arviz().psislw(log_weights.copy())  # 0.18 overwrites its argument
         from arviz_stats.base import array_stats
 
         smooth, k = np.array(log_weights, dtype=float), np.empty(log_weights.shape[:-1])
