@@ -1,11 +1,13 @@
-# make demo    one recipe on its real data, from nothing to the verdict
-# make test    every test and every notebook
-# make lint    lint, formatting and types
+# make demo    fit one recipe to its real data, compare it with MCMC and print the verdict
+# make test    run every test and every notebook
+# make lint    check style, formatting and types
 # make notebooks [NOTEBOOKS=notebooks/01_*.ipynb]
-#              executes them again, top to bottom, and keeps what they show
+#              execute notebooks from top to bottom and keep their output
+# make torch-versions, make arviz-versions
+#              test several versions of PyTorch (downloads several GB for each) or of ArviZ
 #
-# Each sets up .venv first, and again only when pyproject.toml or constraints.txt has changed.
-# Another interpreter: make demo PYTHON=python3.12
+# Each command first sets up .venv, and again only after pyproject.toml or constraints.txt has changed.
+# To use another interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,12 +18,12 @@ INSTALL := $(RUN) -m pip install --quiet --no-input --disable-pip-version-check 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks clean
+.PHONY: help demo test lint notebooks torch-versions arviz-versions clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-demo: $(VENV)/runtime.stamp
+demo: $(VENV)/recipes.stamp
 	$(RUN) -m recipes run logistic_regression
 
 test: $(VENV)/test.stamp
@@ -40,22 +42,25 @@ EXECUTE := import sys, nbformat, nbclient; \
 notebooks: $(VENV)/test.stamp
 	$(RUN) -c '$(EXECUTE)' $(NOTEBOOKS)
 
+torch-versions arviz-versions: $(VENV)/test.stamp
+	$(RUN) -m benchmarks.versions $(@:-versions=)
+
 clean:
 	rm -rf $(VENV)
 
-# torch comes first and by itself: asked for through another package's open range, pip would take
-# the newest build and gigabytes of CUDA libraries with it.
-$(VENV)/runtime.stamp: pyproject.toml constraints.txt
+# torch is installed first and by itself. As a dependency of another package pip would install the
+# newest version, which brings gigabytes of CUDA libraries.
+$(VENV)/recipes.stamp: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo >&2 \
 	    "No '$(PYTHON)' here. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
 	    "vi-recipes needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
-	@echo "Setting up $(VENV): a few minutes, this once."
+	@echo "Setting up $(VENV). This takes a few minutes, once."
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[recipes]'
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/runtime.stamp
+$(VENV)/test.stamp: $(VENV)/recipes.stamp
 	$(INSTALL) --editable '.[test]'
 	@touch $@

@@ -1,7 +1,5 @@
 """A fit as ArviZ data has the same draws in every group, and attributes that say what it is."""
 
-from types import SimpleNamespace
-
 import arviz as az
 import numpy as np
 import pyro
@@ -12,8 +10,6 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 
 import vi_toolkit as vi
 from tests.tolerances import Z
-from vi_toolkit import export
-from vi_toolkit.export import to_arviz
 
 LABELS = ["age", "bmi"]
 
@@ -90,9 +86,9 @@ def test_labels_become_dimensions_and_coordinates(fit):
 def test_arviz_can_use_and_store_it(fit, tmp_path):
     tree = fit.to_arviz(num_draws=500)
     summary = az.summary(tree, var_names=["w", "sigma"], kind="stats")
-    # The summary is rounded to three decimals.
+    # The summary is rounded, to two decimals in some versions of ArviZ.
     mean = float(tree["posterior"]["sigma"].mean())
-    assert summary.loc["sigma", "mean"] == pytest.approx(mean, abs=1e-3)
+    assert float(summary.loc["sigma", "mean"]) == pytest.approx(mean, abs=1e-2)
     path = tmp_path / "fit.nc"
     tree.to_netcdf(str(path), engine="h5netcdf")
     back = az.from_netcdf(str(path), engine="h5netcdf")
@@ -110,27 +106,3 @@ def test_a_seed_repeats_the_draws_and_leaves_the_global_state_alone(fit):
         for name in one[group].data_vars:
             assert np.array_equal(one[group][name], two[group][name])
     assert not np.array_equal(one["posterior"]["w"], other["posterior"]["w"])
-
-
-def test_the_call_of_arviz_1(fit, monkeypatch):
-    """ArviZ 1.x takes one dictionary of groups; its DataTree has attributes and groups as 0.x's."""
-    calls = []
-
-    class Tree(dict):
-        attrs: dict
-
-    def from_dict(groups, *, dims, coords):
-        calls.append((groups, dims, coords))
-        tree = Tree({group: SimpleNamespace(attrs={}, **x) for group, x in groups.items()})
-        tree.attrs = {}
-        return tree
-
-    monkeypatch.setattr(export, "az", SimpleNamespace(__version__="1.3.0", from_dict=from_dict))
-    tree = to_arviz(fit, num_draws=5, dims={"w": ("predictors",)}, coords={"predictors": LABELS})
-    ((groups, dims, coords),) = calls
-    assert set(groups) == {"posterior", "posterior_predictive", "log_likelihood", "observed_data"}
-    assert groups["posterior"]["w"].shape == (1, 5, 2)
-    assert groups["observed_data"]["y"].shape == (30,)
-    assert dims == {"w": ["predictors"]}
-    assert coords == {"predictors": LABELS}
-    assert tree.attrs["method"] == tree["posterior"].attrs["method"] == "deterministic"

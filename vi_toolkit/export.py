@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import arviz as az
 import numpy as np
 import torch
 
+from vi_toolkit.arviz_adapter import from_dict
 from vi_toolkit.fit_protocol import FitLike
 from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
 from vi_toolkit.programs.prototype import prototype
 from vi_toolkit.programs.sites import observed_sites
+from vi_toolkit.version import __version__
 
 NOTE = (
     "Independent draws from a variational approximation, not a Markov chain: R-hat and effective "
@@ -42,7 +42,7 @@ def to_arviz(
         coords: dimension name -> labels.
 
     Example:
-        >>> import arviz as az, pyro, pyro.distributions as dist, torch, vi_toolkit as vi
+        >>> import pyro, pyro.distributions as dist, torch, vi_toolkit as vi
         >>> from pyro.infer.autoguide import AutoNormal
         >>> def model(y):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -79,27 +79,11 @@ def to_arviz(
         for group, x in groups.items()
         if x
     }
-    tree = _from_dict(arrays, dims, coords)
+    tree = from_dict(arrays, dims, coords)
     attributes = _attributes(fit, seed)
     for node in (tree, tree["posterior"]):
         node.attrs.update(attributes)
     return tree
-
-
-def _from_dict(
-    groups: dict[str, dict[str, np.ndarray]],
-    dims: Mapping[str, Sequence[str]] | None,
-    coords: Mapping[str, Sequence[Any]] | None,
-) -> Any:
-    """``az.from_dict``: one argument per group before ArviZ 1.0, one dictionary of groups since."""
-    options = {
-        "dims": {site: list(names) for site, names in (dims or {}).items()},
-        "coords": {name: list(labels) for name, labels in (coords or {}).items()},
-    }
-    from_dict: Any = az.from_dict
-    if int(az.__version__.split(".")[0]) >= 1:
-        return from_dict(groups, **options)
-    return from_dict(**groups, **options)
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:
@@ -110,7 +94,7 @@ def _attributes(fit: FitLike, seed: int) -> dict[str, Any]:
     """What a reader of the file must know; numbers and text only, so that netCDF can hold them."""
     return {
         "inference_library": "vi_toolkit",
-        "inference_library_version": _own_version(),
+        "inference_library_version": __version__,
         "method": fit.method,
         "guide_family": fit.guide_family or "unknown",
         "elbo": float(fit.elbo[-1]) if len(fit.elbo) else float("nan"),
@@ -120,10 +104,3 @@ def _attributes(fit: FitLike, seed: int) -> dict[str, Any]:
         "draws_seed": int(seed),
         "note": NOTE,
     }
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("vi-recipes")
-    except importlib.metadata.PackageNotFoundError:  # a checkout that has not been installed
-        return "unknown"

@@ -8,11 +8,11 @@ import json
 import math
 from pathlib import Path
 
-import arviz as az
 import pyro.poutine as poutine
 import torch
 
 import vi_toolkit as vi
+from vi_toolkit.arviz_adapter import ess, rhat
 from vi_toolkit.reference import nuts_draws
 
 from .data import load_data, simulate
@@ -103,7 +103,7 @@ def embedded_reference(chains=4, num_draws=300, warmup=200, seed=0, progress=Tru
     out = summary(flat, data, new)
     for name, value in functionals(flat, data, new).items():
         chained = value.reshape(chains, -1, value.shape[1]).numpy()
-        made[f"r_hat of {name}"] = float(max(az.rhat(c) for c in chained.transpose(2, 0, 1)))
-        made[f"bulk ESS of {name}"] = float(min(az.ess(c) for c in chained.transpose(2, 0, 1)))
+        made[f"r_hat of {name}"] = float(rhat(chained).max())
+        made[f"bulk ESS of {name}"] = float(ess(chained).min())
     EMBEDDED.write_text(json.dumps(out | {"made": made}, indent=1) + "\n", "utf-8")
     return out

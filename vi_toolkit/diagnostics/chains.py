@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import arviz as az
 import numpy as np
 import torch
 
+from vi_toolkit.arviz_adapter import ess, mean_se, rhat, sd_se
 from vi_toolkit.programs.isolation import seeded_state
-from vi_toolkit.reference.draws import MAX_R_HAT, admission_faults, each_scalar
+from vi_toolkit.reference.draws import MAX_R_HAT, admission_faults
 
 if TYPE_CHECKING:
     from vi_toolkit.figures import Figure
@@ -271,8 +271,8 @@ class _Run:
 
 def _summary(run: _Run, draws: np.ndarray, guide_mean: np.ndarray, path: np.ndarray) -> WarmChains:
     names = list(run.joint.names)
-    r_hat = each_scalar(az.rhat, draws)
-    bulk, tail = each_scalar(az.ess, draws), each_scalar(az.ess, draws, method="tail")
+    r_hat = rhat(draws)
+    bulk, tail = ess(draws, "bulk"), ess(draws, "tail")
     chains, count, d = draws.shape
     faults = admission_faults(names, r_hat, bulk, tail, 0)
     if run.divergences > DIVERGENT * chains * count:
@@ -282,8 +282,8 @@ def _summary(run: _Run, draws: np.ndarray, guide_mean: np.ndarray, path: np.ndar
         names=names,
         mean=flat.mean(0),
         sd=flat.std(0),
-        mean_se=each_scalar(az.mcse, draws),
-        sd_se=each_scalar(az.mcse, draws, method="sd"),
+        mean_se=mean_se(draws),
+        sd_se=sd_se(draws),
         r_hat=r_hat,
         bulk_ess=bulk,
         tail_ess=tail,

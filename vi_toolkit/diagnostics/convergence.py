@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import arviz as az
 import numpy as np
 import torch
 
+from vi_toolkit.arviz_adapter import ess, rhat
 from vi_toolkit.deterministic.run import DeterministicRun
 
 MOST_COLUMNS = 2_000  # ArviZ takes 0.2 ms for each
@@ -77,7 +77,7 @@ def split_r_hat(iterates: np.ndarray) -> float:
     half = len(iterates) // 2
     live = _moving(iterates)
     halves = np.stack([live[:half], live[-half:]])
-    return float(az.rhat(_chains(halves), method="identity")["x"].max()) if live.size else 1.0
+    return float(rhat(halves, "identity").max()) if live.size else 1.0
 
 
 def effective_size(iterates: np.ndarray) -> float:
@@ -85,7 +85,7 @@ def effective_size(iterates: np.ndarray) -> float:
     live = _moving(iterates)
     if not live.size:
         return float(len(iterates))
-    return float(az.ess(_chains(live[None]), method="mean")["x"].min())
+    return float(ess(live[None], "mean").min())
 
 
 def _moving(iterates: np.ndarray) -> np.ndarray:
@@ -101,7 +101,3 @@ def _moving(iterates: np.ndarray) -> np.ndarray:
         gap = np.abs(first.mean(0) - last.mean(0))[moves] / spread[moves]
         moves = moves[np.argsort(-gap)[:MOST_COLUMNS]]
     return iterates[:, moves]
-
-
-def _chains(x: np.ndarray) -> Any:
-    return az.convert_to_dataset({"x": x})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import arviz as az
 import numpy as np
 import torch
+
+from vi_toolkit.arviz_adapter import psislw
 
 GOOD, USABLE = 0.5, 0.7  # shape of the weights' tail: finite variance below 1/2
 UNSEEN = 2e-3  # share of the mass: at five sds it moves a mean by 0.01 sd and an sd by 2.5 %
@@ -141,9 +141,7 @@ def smoothed_with_shape(row: np.ndarray) -> tuple[np.ndarray, float, float]:
     row = np.where(np.isfinite(row), row, -1e300)
     if np.ptp(row) < 1e-10:  # an exact posterior: nothing to smooth
         return np.full(len(row), 1 / len(row)), 0.0, 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ArviZ's advice on k-hat, which is given here in numbers
-        log_smooth, k = az.psislw(row.copy())
+    log_smooth, k = psislw(row)
     weights = np.exp(log_smooth - log_smooth.max())
     weights /= weights.sum()
     return weights, float(k), float(1 / (weights**2).sum() / len(row))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import arviz as az
 import numpy as np
 import scipy.stats
 import torch
 
+from vi_toolkit.arviz_adapter import ess, mean_se, quantile_se, rhat, sd_se
 from vi_toolkit.errors import InvalidReferenceError
 from vi_toolkit.programs.joint import Joint, indices
 from vi_toolkit.reference.summary import LEVELS, SITE_LEVELS, site_rows
@@ -55,9 +55,9 @@ def summarise(
             raise InvalidReferenceError(f"the draws of {name} are not all finite")
         if column.min() == column.max():
             raise InvalidReferenceError(f"{name} does not vary: every draw is {column[0]:.6g}")
-    r_hat = each_scalar(az.rhat, by_chain, method="rank")
-    bulk = each_scalar(az.ess, by_chain, method="bulk")
-    tail = each_scalar(az.ess, by_chain, method="tail", prob=(0.05, 0.95))
+    r_hat = rhat(by_chain)
+    bulk = ess(by_chain, "bulk")
+    tail = ess(by_chain, "tail")
     covariance = np.atleast_2d(np.cov(flat, rowvar=False))
     sd = np.sqrt(covariance.diagonal())
     # Scalar i deviates from its regression on the others by (Lambda z)_i / Lambda_ii. The sd of
@@ -70,14 +70,11 @@ def summarise(
         "mean": _rounded(flat.mean(0)),
         "sd": _rounded(sd),
         "covariance": _rounded(covariance),
-        "mean_se": _rounded(each_scalar(az.mcse, by_chain, method="mean"), 4),
-        "sd_se": _rounded(each_scalar(az.mcse, by_chain, method="sd"), 4),
-        "conditional_sd_se": _rounded(each_scalar(az.mcse, residuals, method="sd"), 4),
+        "mean_se": _rounded(mean_se(by_chain), 4),
+        "sd_se": _rounded(sd_se(by_chain), 4),
+        "conditional_sd_se": _rounded(sd_se(residuals), 4),
         "quantiles": {k: _rounded(np.quantile(flat, p, axis=0)) for k, p in LEVELS.items()},
-        "quantiles_se": {
-            k: _rounded(each_scalar(az.mcse, by_chain, method="quantile", prob=p), 4)
-            for k, p in LEVELS.items()
-        },
+        "quantiles_se": {k: _rounded(quantile_se(by_chain, p), 4) for k, p in LEVELS.items()},
         "skewness": _rounded(scipy.stats.skew(flat), 4),
         "excess_kurtosis": _rounded(scipy.stats.kurtosis(flat), 4),
         "sites": _own_scale(joint, own, chains),
@@ -85,11 +82,6 @@ def summarise(
     worst = {"r_hat": r_hat.max(), "bulk_ess": bulk.min(), "tail_ess": tail.min()}
     faults = admission_faults(joint.names, r_hat, bulk, tail, divergences)
     return fields, {k: _rounded(v, 6) for k, v in worst.items()}, faults
-
-
-def each_scalar(statistic: Callable[..., Any], by_chain: np.ndarray, **options: Any) -> np.ndarray:
-    """An ArviZ statistic of each scalar; (chains, n, d) -> (d,)."""
-    return statistic(az.convert_to_dataset({"x": by_chain}), **options)["x"].values
 
 
 def admission_faults(
@@ -120,15 +112,15 @@ def _own_scale(joint: Joint, draws: dict[str, torch.Tensor], chains: int) -> lis
     names = [s.name + index for s in joint.sites.values() for index in indices(s.shape)]
     # A structural constant, such as a corner of a Cholesky factor, has no standard error.
     varies = values.min(0) < values.max(0)
-    mean_se = np.zeros(len(names))
+    errors = np.zeros(len(names))
     by_chain = values.reshape(chains, -1, len(names))
-    mean_se[varies] = each_scalar(az.mcse, by_chain[..., varies], method="mean")
+    errors[varies] = mean_se(by_chain[..., varies])
     return site_rows(
         names,
         _rounded(values.mean(0)),
         _rounded(np.where(varies, values.std(0, ddof=1), 0.0)),
         _rounded(np.quantile(values, [LEVELS[k] for k in SITE_LEVELS], axis=0)),
-        _rounded(mean_se, 4),
+        _rounded(errors, 4),
     )
 
 
