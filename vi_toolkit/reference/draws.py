@@ -95,11 +95,11 @@ def admission_faults(
         faults.append(
             f"rank R-hat of {names[worst]} is {r_hat[worst]:.4f} (must be below {MAX_R_HAT})"
         )
-    for label, ess in (("bulk", bulk), ("tail", tail)):
-        worst = int(np.argmin(np.where(np.isnan(ess), -np.inf, ess)))
-        if not ess[worst] >= MIN_ESS:
+    for label, sizes in (("bulk", bulk), ("tail", tail)):
+        worst = int(np.argmin(np.where(np.isnan(sizes), -np.inf, sizes)))
+        if not sizes[worst] >= MIN_ESS:
             faults.append(
-                f"{label} ESS of {names[worst]} is {ess[worst]:.0f} (must be at least {MIN_ESS})"
+                f"{label} ESS of {names[worst]} is {sizes[worst]:.0f} (must be at least {MIN_ESS})"
             )
     if divergences != 0:
         faults.append(f"{divergences} transitions diverged (none may)")
