@@ -279,6 +279,7 @@ def new(
         "tests/conftest.py",
         "tests/tolerances.py",
         "tests/recipes/__init__.py",
+        "tests/recipes/checks.py",
     ):
         if not (into / shared).exists():
             shutil.copy(source / shared, into / shared)

@@ -3,18 +3,17 @@
 import ast
 import importlib
 import inspect
-import math
 import re
 from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
-import pyro.poutine as poutine
 import pytest
 import torch
 
 import vi_toolkit as vi
 from recipes.__main__ import reference_problem
+from tests.recipes.checks import check_latents
 from vi_toolkit.programs.joint import Joint
 
 ROOT = Path(__file__).parents[2]
@@ -27,34 +26,6 @@ every_recipe = pytest.mark.parametrize("name", NAMES)
 
 def load(name):
     return importlib.import_module(f"recipes.{name}")
-
-
-def check_latents(model, latents, data, labels):
-    """Sites, shapes and plates are as `latents` says; no site is inside a plate not named there."""
-    trace = poutine.trace(model).get_trace(**data)
-    sites = {
-        name: trace.nodes[name]
-        for name in trace.stochastic_nodes
-        if not isinstance(trace.nodes[name]["fn"], poutine.subsample_messenger._Subsample)
-    }
-    assert set(sites) == set(latents)
-    for name, node in sites.items():
-        dims, plates = latents[name], sorted(node["cond_indep_stack"], key=lambda f: f.dim)
-        for plate in plates:
-            assert plate.name in dims, f"{name} is sampled inside plate '{plate.name}'"
-        shape = [plate.size for plate in plates] + list(node["fn"].event_shape)
-        assert math.prod(shape) == node["value"].numel(), (
-            f"{name} has a batch dimension that no plate accounts for"
-        )
-        assert len(dims) == len(shape), f"LATENTS gives {name} {dims}, its shape is {shape}"
-        for position, (dim, size) in enumerate(zip(dims, shape, strict=True)):
-            if isinstance(dim, int):
-                assert size == dim, f"LATENTS gives {name} {dims}, its shape is {shape}"
-            elif position < len(plates):
-                assert dim == plates[position].name
-            else:
-                assert dim in labels, f"coords() does not label '{dim}'"
-            assert dim not in labels or len(labels[dim]) == size, f"not one label per {dim}"
 
 
 def test_there_are_recipes():

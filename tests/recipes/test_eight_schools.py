@@ -24,7 +24,7 @@ from recipes.eight_schools import (
     reference,
     simulate,
 )
-from tests.recipes.test_contract import check_latents
+from tests.recipes.checks import check_latents
 from tests.tolerances import Z
 from vi_toolkit.programs.joint import Joint
 

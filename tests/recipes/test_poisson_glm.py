@@ -22,7 +22,7 @@ from recipes.poisson_glm import (
 )
 from recipes.poisson_glm.mcmc import log_rates, marginal
 from recipes.poisson_glm.optimum import gaussian_optimum, mixed_elbo, mixed_optimum
-from tests.recipes.test_contract import check_latents
+from tests.recipes.checks import check_latents
 from tests.tolerances import Z
 from vi_toolkit.programs.joint import Joint
 
