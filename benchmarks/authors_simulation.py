@@ -23,9 +23,8 @@ import pandas as pd
 import pyro.poutine as poutine
 import torch
 
-from recipes.shopper import Trips, mean_field, model, point
+from recipes.shopper import Trips, fit_trips, mean_field, model, plug_in, point
 from recipes.shopper import evaluate as ev
-from recipes.shopper.training import fit_trips, plug_in
 
 PAIRS = (300, 301, 400, 401)
 

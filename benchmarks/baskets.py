@@ -23,15 +23,24 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import vi_toolkit as vi
-from recipes.shopper import PAPER, TERMS, load_trips, mean_field, model, point
+from recipes.shopper import (
+    PAPER,
+    TERMS,
+    fast_model,
+    fit_trips,
+    load_trips,
+    mean_field,
+    plug_in,
+    point,
+)
 from recipes.shopper import evaluate as ev
 from recipes.shopper.guide import start
-from recipes.shopper.training import CosineAdam, fit_trips, plug_in
+from recipes.shopper.schedule import CosineAdam
 
 FOLDER = Path("runs/baskets")
-# Gamma(2, 5) for the price terms: the paper's Gamma(100, 1000) says that elasticities are 0.1, to
-# a tenth of that, and no amount of data moves it.
-# Embeddings of sd 0.5 rather than 1: chosen on validation trips (of 1, 0.5 and 0.3).
+# Gamma(2, 5) for the price terms: under the paper's Gamma(100, 1000) elasticities are 0.1, give or
+# take a tenth of that, and these data do not move them.
+# Embeddings have sd 0.5 instead of 1: the best of 1, 0.5 and 0.3 on the validation trips.
 HALF = {"attributes": 0.5, "interaction": 0.5, "preference": 0.5}
 LOOSE = {"price_prior": (2.0, 5.0), "size": 50, "prior_sd": HALF}
 CONFIGURATIONS = {
@@ -49,7 +58,7 @@ CONFIGURATIONS = {
     "point, habit, rest": (point, {"terms": TERMS, "rest": True, "checkout": False}),
     "VI, paper's price prior": (mean_field, {"terms": PAPER, "price_prior": (100.0, 1000.0)}),
 }
-# Measured before on the same splits, by other code: nats per item, random and last six weeks.
+# Measured by other code on the same splits: nats per item, random and last six weeks.
 KNOWN = {
     "hierarchical Poisson factorisation (hpfrec)": (-5.946, -6.050),
     "item embeddings": (-5.911, -5.977),
@@ -140,7 +149,7 @@ def one_versus_each(fit, train) -> None:
     choices = int((some.baskets >= 0).sum()) + len(some)
 
     def value(**more) -> float:
-        trace = poutine.trace(poutine.condition(model, data=u)).get_trace(**arguments | more)
+        trace = poutine.trace(poutine.condition(fast_model, data=u)).get_trace(**arguments | more)
         site: Any = trace.nodes["baskets"]
         with torch.no_grad():
             return float(site["fn"].log_prob(site["value"]).sum()) / choices
@@ -154,7 +163,7 @@ def one_versus_each(fit, train) -> None:
 
 
 def speed(batch: int) -> None:
-    """Seconds per step, against the matrix products that it consists of; peak memory."""
+    """Seconds per step, compared with the bare matrix products in it; peak memory."""
     pyro.enable_validation(False)
     everything, _, _ = load_trips().split()
     types, _, _ = load_trips(items=None, of="types").split()
@@ -170,7 +179,7 @@ def speed(batch: int) -> None:
     ):
         data = train.arguments(**({"terms": TERMS} | LOOSE | options))
         pyro.clear_param_store()
-        guide = AutoNormal(model, init_loc_fn=start, init_scale=0.1)
+        guide = AutoNormal(fast_model, init_loc_fn=start, init_scale=0.1)
         estimator, optimizer = vi.Reparam(analytic_kl=True), None
         rows = int((train.baskets >= 0).sum()) / len(train) * batch
         items, checkout = len(train.items), "rest" not in options
@@ -178,12 +187,12 @@ def speed(batch: int) -> None:
         pairs.append((torch.randn(batch, 60), torch.randn(items, 60)))  # tastes and seasons
         pairs.append((torch.randn(batch, 10), torch.randn(items, 10)))  # prices
         steps, bare = [], []
-        # Back to back, as in a fit; and as many of the bare products in between.
+        # Five steps back to back, as in a fit, then the bare products of five steps.
         for some in torch.randperm(len(train))[: 15 * batch].split(5 * batch):
             for chosen in some.split(batch):
                 cut = data | {name: data[name][chosen] for name in ("household", "week", "baskets")}
                 began = time.perf_counter()
-                estimator.loss_and_grads(model, guide, **cut)
+                estimator.loss_and_grads(fast_model, guide, **cut)
                 if optimizer is None:
                     optimizer = CosineAdam(guide.parameters(), lr=0.02, steps=10**6)
                 optimizer.step()

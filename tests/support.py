@@ -92,3 +92,9 @@ def check_latents(model, latents, data, labels):
             else:
                 assert dim in labels, f"coords() does not label '{dim}'"
             assert dim not in labels or len(labels[dim]) == size, f"not one label per {dim}"
+
+
+def log_likelihood(model, site, latents, data):
+    """log p(site | latents), in the batch shape of the site."""
+    node = poutine.trace(poutine.condition(model, data=latents)).get_trace(**data).nodes[site]
+    return node["fn"].log_prob(node["value"])

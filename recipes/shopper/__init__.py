@@ -1,4 +1,4 @@
-"""Shopper: which items go into a basket, by whom, when, and at what prices.
+"""Shopper: which items go into a basket, for whom, when, and at what prices.
 
     psi_c = intercept_c + preference_u . attributes_c + season_w . season_effect_c
             - (price_sensitivity_u . price_effect_c) log price_wc
@@ -7,7 +7,8 @@
 until checkout. Ruiz, Athey and Blei, "SHOPPER: A Probabilistic Model of Consumer Choice with
 Substitutes and Complements", Annals of Applied Statistics, 2020. The data are half a million
 purchases of 1,000 products by 2,401 households, Complete Journey, see `recipes.shopper.data`;
-`from_frame` takes your own.
+`from_frame` takes your own. `model` is the model as the paper writes it; `fast_model` is the same
+model with a faster density, for training.
 
 >>> from recipes.shopper import LARGEST_STORE, fit_trips, load_trips, plug_in
 >>> from recipes.shopper.evaluate import predictive_scores
@@ -18,10 +19,13 @@ purchases of 1,000 products by 2,401 households, Complete Journey, see `recipes.
 True
 """
 
-from .data import LARGEST_STORE, Trips, coords, from_frame, load_data, load_trips, simulate
+from .data import LARGEST_STORE, coords, load_data, load_trips
+from .fast import fast_model
 from .guide import GUIDES, guide, mean_field, point
 from .model import ALL_SITES, LATENTS, PAPER, TERMS, model
+from .simulation import simulate
 from .training import fit_trips, plug_in
+from .trips import Trips, from_frame
 
 __all__ = [
     "ALL_SITES",
@@ -32,6 +36,7 @@ __all__ = [
     "TERMS",
     "Trips",
     "coords",
+    "fast_model",
     "fit_trips",
     "from_frame",
     "guide",

@@ -1,10 +1,10 @@
-"""How well a model predicts one item of a basket from the rest, and what it is compared with.
+"""How well a model predicts one item of a basket from the rest, and what a fitted model says.
 
 Protocol: `train, validation, test = load_trips().split(by)`, by "random" or "last weeks". Fit on
-the training trips and tune on the validation trips. For every item i of a test trip with basket y,
-household u, week w: log p(i | y without i, u, w, prices of w), a distribution over the items that
-are not in y without i. Checkout is not among them. The score is the mean over all test items, in
-nats; its standard error comes from resampling trips.
+the training trips and tune on the validation trips. Every item i of a test trip with basket y,
+household u and week w has the score log p(i | y without i, u, w, prices of w), under a distribution
+over the items outside the rest of the basket, without checkout. We report the mean over all test
+items, in nats, and its standard error from resampling trips.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from .data import Trips
-from .model import baseline, best_next
+from .choices import baseline, best_next
+from .trips import Trips
 
 Draws = Mapping[str, torch.Tensor]
 CHUNK = 512  # trips
@@ -33,7 +33,7 @@ def score_of(
     """Log probability of every item given the rest of its basket: (purchases,), in nats.
 
     utilities: (trip, item) of purchases -> (purchases, items) unnormalised log probabilities, which
-    must not look at the item itself. Any method can be scored that way.
+    must not look at the item itself. Any method can be scored this way.
 
     >>> from recipes.shopper import load_trips
     >>> trips = load_trips(items=50)
@@ -67,9 +67,9 @@ def utilities(
 ) -> torch.Tensor:
     """Utilities of all items given the rest of the basket under one draw: (purchases, items).
 
-    u: one value of every latent. trips: where household, week and prices are from. history: that of
-    the training trips. trip, item: (purchases,), the purchases; item None means the whole basket.
-    log_price: other prices than those of the trips.
+    u: one value of every latent. trips: give household, week, basket and prices. history: that of
+    the training trips. trip, item: (purchases,), the purchases; with item None, utilities given the
+    whole basket. log_price: (weeks, items), to replace the prices of the trips.
     """
     household, week = trips.household[trip], trips.week[trip]
     log_price = trips.log_price if log_price is None else log_price
@@ -105,8 +105,8 @@ def predictive_scores(
 ) -> np.ndarray:
     """Posterior predictive log probability of every item: (purchases,), in nats.
 
-    draws: {site: (S, ...)}; probabilities are averaged over the S draws. With S = 1 and the
-    posterior's means it is the plug-in prediction.
+    draws: {site: (S, ...)}. Probabilities are averaged over the S draws; one draw, the posterior's
+    mean, gives the plug-in prediction.
     """
     each = []
     for s in range(len(next(iter(draws.values())))):
@@ -125,8 +125,8 @@ def mean_and_error(
 ) -> tuple[float, float]:
     """Mean over purchases and its bootstrap standard error over trips.
 
-    scores: (purchases,) as above, or a difference of two, which is then paired. rows: a boolean
-    mask, to score a slice.
+    scores: (purchases,) as above, or the difference of two methods' scores, for a paired
+    comparison. rows: a boolean mask, to score a slice.
     """
     trip = each_item(trips)[0].numpy()
     if rows is not None:
@@ -143,11 +143,10 @@ def mean_and_error(
 
 
 def complements(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much two items ask for each other: mean and sd over draws, (items, items)
-    each.
+    """Complementarity of each pair of items: mean and sd over draws, (items, items) each.
 
-    (interaction_c . attributes_d + interaction_d . attributes_c) / 2, the complementarity of Ruiz,
-    Athey and Blei, 2020. In nats: what having one of them, alone, adds to the other's utility.
+    (interaction_c . attributes_d + interaction_d . attributes_c) / 2 (Ruiz, Athey and Blei, 2020):
+    what a basket of one of the two adds to the utility of the other, in nats.
     """
     scores = draws["interaction"] @ draws["attributes"].transpose(1, 2)
     scores = (scores + scores.transpose(1, 2)) / 2
@@ -155,17 +154,18 @@ def complements(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _spread(draws: torch.Tensor) -> torch.Tensor:
-    """Sd over draws; of a single one, a point estimate's, zero."""
+    """Sd over draws; zero if there is only one, as with a point estimate."""
     return draws.std(0) if len(draws) > 1 else torch.zeros_like(draws[0])
 
 
 def exchangeability(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """How differently a basket goes on after one item and after another: mean and sd over draws.
+    """How differently a basket goes on after each of two items: mean and sd over draws.
 
-    The symmetrised Kullback-Leibler divergence of the next item's distribution after c alone from
-    that after d alone, without c and d, for a household and a week of average utilities: (items,
-    items), in nats. Small means exchangeable, and substitutes if they are not complements too (the
-    same paper). Checkout, if there is one, counts as an item.
+    The symmetrised Kullback-Leibler divergence between the next item's distribution after c alone
+    and after d alone, with c and d left out, for a household and a week of average utilities:
+    (items, items) each, in nats. Two items of small divergence are exchangeable; if they are not
+    complements, they are substitutes (Ruiz, Athey and Blei, 2020). Checkout, if there is one,
+    counts as an item.
     """
     each = []
     for s in range(len(draws["interaction"])):
@@ -195,9 +195,9 @@ def exchangeability(draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
 def price_moves(
     trips: Trips, first_week: int, least: float = 0.15
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(week, item) of the moves by at least `least` of an item's price from one week to the next.
+    """(week, item) of price moves by at least the fraction `least` from one week to the next.
 
-    Only of weeks from `first_week` on (a row of `trips.price`), and of items bought in either week.
+    Only weeks from `first_week` on (a row of `trips.price`), and items bought in either week.
     """
     log_price = trips.log_price.double().numpy()
     moved = np.abs(np.diff(log_price, axis=0, prepend=log_price[:1])) >= np.log1p(least)
@@ -219,12 +219,12 @@ def _bought(trips: Trips) -> np.ndarray:
 def share_changes(
     u: Draws, trips: Trips, history: torch.Tensor, first_week: int
 ) -> dict[str, np.ndarray]:
-    """What price moves did to shares, and what the model says they do: arrays, one entry per move.
+    """What price moves did to shares and what the model predicts: arrays, one entry per move.
 
-    "observed": log of the item's share of the purchases in the week over that of the week before
-    (half a purchase added to both). "predicted": for the same purchases of the week, log of the
-    item's expected share at the week's prices over that at the prices of the week before. "move" is
-    that of the log price and "purchases" the number in the two weeks together.
+    "observed": log ratio of the item's share of the purchases in the week to its share in the week
+    before (half a purchase added to both). "predicted": for the purchases of the week, log ratio of
+    the item's expected share at the week's prices to its expected share at the prices of the week
+    before. "move": change of the log price. "purchases": of the item, in the two weeks together.
     """
     week_of, item_of = price_moves(trips, first_week)
     counts = _bought(trips)
@@ -262,8 +262,8 @@ def choice_probabilities(
 ) -> torch.Tensor:
     """Probability of each next item given what is in the basket: (draws, cases, items).
 
-    household, week: (cases,). baskets: (cases, longest), item numbers and then -1. Checkout, where
-    the draws have it, is the last item.
+    household, week: (cases,). baskets: (cases, longest), item numbers and then -1. The last item is
+    checkout, if the draws have it.
     """
     out = []
     held = baskets >= 0

@@ -1,7 +1,7 @@
-"""Reference posteriors by NUTS: of the reference problem, and of a small one with embeddings.
+"""Reference posteriors by NUTS: for `load_data()`, and for a small problem with embeddings.
 
-Embeddings are not identified: turn them all and nothing changes. So the second compares what does
-not turn, the probabilities of choices and their logs' slopes in the price.
+Embeddings are not identified: a rotation of all of them changes nothing. So the second problem
+compares what is invariant: the probabilities of choices and their elasticities in the price.
 """
 
 import json
@@ -15,16 +15,18 @@ import vi_toolkit as vi
 from vi_toolkit.arviz_adapter import ess, rhat
 from vi_toolkit.reference import nuts_draws
 
-from .data import load_data, simulate
+from .data import load_data
 from .evaluate import choice_probabilities
+from .fast import fast_model
 from .model import model
+from .simulation import simulate
 
 EMBEDDED = Path(__file__).with_name("embedded_reference.json")
 CASES = 40
 
 
 def reference(chains=4, num_draws=2000, warmup=500, seed=0, progress=True):
-    """vi.Reference of `load_data()`; what `python -m recipes reference shopper` writes to disk."""
+    """vi.Reference for `load_data()`, as `python -m recipes reference shopper` writes it."""
     return vi.Reference.nuts(
         model,
         load_data(),
@@ -40,7 +42,7 @@ def reference(chains=4, num_draws=2000, warmup=500, seed=0, progress=True):
 def embedded_problem():
     """(data, new trips): 150 trips of 6 households to 4 items, with all terms, and 100 more trips.
 
-    Two pairs of exchangeable items, as `simulate` plants them; embeddings of one dimension.
+    The items are two exchangeable pairs, as `simulate` plants them; embeddings have one dimension.
     """
     data, _ = simulate(3, trips=250, households=6, items=4, weeks=6, planted=True)
     data["size"] = 1
@@ -50,11 +52,10 @@ def embedded_problem():
 
 
 def functionals(draws, data, new):
-    """What the embeddings' turning leaves alone: {name: (draws, numbers)}.
+    """Functions of the latents that rotations leave alone: {name: (draws, numbers)}.
 
-    "log probability" of every next item for households, weeks and baskets as they occur in the new
-    trips, and "elasticity", the slope of its log in the log of its own price; "held out", the log
-    probability of each new basket.
+    "log probability": of every next item, for households, weeks and first items of the new trips.
+    "elasticity": the slope of that log probability in the log of the item's own price.
     """
     household, week = new["household"][:CASES], new["week"][:CASES]
     baskets = new["baskets"][:CASES].clone()
@@ -77,7 +78,10 @@ def functionals(draws, data, new):
 
 
 def summary(draws, data, new):
-    """{name: {"mean": [...], "sd": [...]}} of the functionals, and "held out", nats per basket."""
+    """{name: {"mean": [...], "sd": [...]}} of the functionals, and "held out".
+
+    "held out" is the posterior predictive log probability of each new basket, in nats.
+    """
     out = {
         name: {"mean": value.mean(0).tolist(), "sd": value.std(0).tolist()}
         for name, value in functionals(draws, data, new).items()
@@ -85,7 +89,7 @@ def summary(draws, data, new):
     each = []
     for s in range(len(draws["intercept"])):
         u = {name: value[s] for name, value in draws.items()}
-        trace = poutine.trace(poutine.condition(model, data=u)).get_trace(**new)
+        trace = poutine.trace(poutine.condition(fast_model, data=u)).get_trace(**new)
         site = trace.nodes["baskets"]
         each.append(site["fn"].log_prob(site["value"]))
     scores = torch.stack(each).logsumexp(0) - math.log(len(each))
@@ -94,10 +98,10 @@ def summary(draws, data, new):
 
 
 def embedded_reference(chains=4, num_draws=300, warmup=200, seed=0, progress=True):
-    """NUTS on `embedded_problem()`; writes embedded_reference.json."""
+    """Runs NUTS on `embedded_problem()` and writes embedded_reference.json."""
     data, new = embedded_problem()
     by_chain, made = nuts_draws(
-        model, data, chains, num_draws, warmup, seed, progress, full_mass=True, compile=True
+        fast_model, data, chains, num_draws, warmup, seed, progress, full_mass=True, compile=True
     )
     flat = {name: value.flatten(0, 1) for name, value in by_chain.items()}
     out = summary(flat, data, new)
