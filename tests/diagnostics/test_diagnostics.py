@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 import vi_toolkit as vi
 from tests.tolerances import Z
 from vi_toolkit.diagnostics.convergence import effective_size, split_r_hat
+from vi_toolkit.diagnostics.importance import draws_from_guide, draws_from_t, moments_of
 from vi_toolkit.diagnostics.linear_response import _conjugate_gradients, _dense
 
 
@@ -180,8 +181,9 @@ def test_evidence_and_moments_of_a_conjugate_model():
     exact = dist.MultivariateNormal(torch.zeros(3).double(), torch.eye(3).double() + 4).log_prob(y)
     precision = 3 + 1 / 4
     fit = fitted(model, AutoNormal, {"y": y})
-    for covariance in (None, np.array([[2 / precision]])):
-        found = vi.importance_moments(fit, covariance, num_draws=20_000)
+    wide = np.array([[2 / precision]])
+    for draws in (draws_from_guide(fit, 20_000, 8, 0), draws_from_t(fit, wide, 20_000, 8, 0)):
+        found = moments_of(fit, draws, "any")
         assert found.pareto_k.reliable
         assert abs(found.log_evidence - float(exact)) < Z * found.log_evidence_se + 1e-3
         assert abs(found.mean[0] - float(y.sum()) / precision) < Z * found.mean_se[0] + 1e-3
@@ -208,7 +210,7 @@ def test_r_hat_fires_on_a_drift_and_is_silent_on_noise():
 
 def test_the_stopping_rule_stops_a_fit():
     model = gaussian(0.5)
-    fit = fitted(model, AutoNormal, optimizer=0.05, stop=vi.when_converged(error=0.3))
+    fit = fitted(model, AutoNormal, optimizer=0.05, callback=lambda look: look.error <= 0.3)
     assert fit.monte_carlo_error <= 0.3
     found = vi.convergence(fit)
     assert found.r_hat < 1.1

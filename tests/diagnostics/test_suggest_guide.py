@@ -20,7 +20,7 @@ def test_a_full_covariance_gains_the_known_divergence():
     row = found.table.loc[found.best]
     expected = -0.5 * torch.tensor(1 - 0.9**2).log()
     assert abs(row["gain"] - float(expected)) < Z * row["gain_se"]
-    assert found.fit.family == "full-rank"
+    assert found.fit.guide_family == "full-rank"
     assert "larger" in repr(found)
     left, right = found.plot().axes
     assert left.get_title(loc="left") == "Best: AutoMultivariateNormal"

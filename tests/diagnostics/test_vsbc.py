@@ -137,7 +137,7 @@ def test_fits_at_once_are_those_of_fit(guide):
     assert found.converged.all()
     for r, run in enumerate(runs):
         fit = fitted(logistic_regression, guide, run)
-        mean, sd = fit._progress.problem.moments()
+        mean, sd = fit.run.progress.problem.moments()
         assert ((found.mean[r] - mean) / sd).abs().max() < 0.07
         assert (found.sd[r] / sd).log().abs().max() < 0.07
 
