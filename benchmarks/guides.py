@@ -50,7 +50,7 @@ from vi_toolkit.diagnostics.pareto import smoothed
 from vi_toolkit.programs.joint import Joint
 from vi_toolkit.programs.sites import latent_sites
 
-DRAWS = 20_000
+NUM_DRAWS = 20_000
 
 
 def centred_eight_schools(y: torch.Tensor, standard_error: torch.Tensor) -> None:
@@ -181,7 +181,7 @@ def posteriors(folder: Path) -> Iterator[tuple[str, Any, dict, dict]]:
         yield "eight schools, centred", centred_eight_schools, data, centred
     data = linear_regression.load_data()
     exact = exact_posterior(**data)
-    yield "linear_regression", linear_regression.model, data, exact.sample(DRAWS, seed=0)
+    yield "linear_regression", linear_regression.model, data, exact.sample(NUM_DRAWS, seed=0)
 
 
 def errors(
@@ -253,7 +253,7 @@ def pathfinder(joint: Joint, paths: int, seed: int) -> tuple[np.ndarray, np.ndar
         if chosen is None:
             continue
         q, mean, tril = chosen
-        noise = torch.randn(DRAWS, joint.dim, generator=generator, dtype=torch.float64)
+        noise = torch.randn(NUM_DRAWS, joint.dim, generator=generator, dtype=torch.float64)
         u = mean + noise @ tril.T
         weights = joint.log_densities(u) - q.log_prob(u)
         weights = torch.where(torch.isfinite(weights), weights, -torch.inf)
@@ -321,11 +321,11 @@ def row(name: str, label: str, *numbers: float) -> str:
 
 
 def fitted_row(name: str, label: str, of: vi.Fit, sites: dict, to_u: Callable) -> str:
-    draws = of.sample(DRAWS)
+    draws = of.sample(NUM_DRAWS)
     if "u" not in draws and (missing := set(sites) - set(draws)):
         made = of.predict(draws=draws)
         draws |= {site: made[site] for site in missing}
-    elbo, se = of.elbo_estimate(DRAWS)
+    elbo, se = of.elbo_estimate(NUM_DRAWS)
     k = vi.psis(of, num_draws=10_000).k
     return row(name, label, elbo, se, k, *errors(to_u(draws), to_u(sites)), of.seconds)
 

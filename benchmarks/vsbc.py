@@ -22,7 +22,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 import vi_toolkit as vi
 from recipes.logistic_regression import load_data
 from recipes.logistic_regression import model as logistic_regression
-from vi_toolkit.diagnostics.vsbc import PriorPredictive
+from vi_toolkit.diagnostics.prior_predictive import PriorPredictive
 
 SINGLE_FITS = 3
 SCHOOLS = {

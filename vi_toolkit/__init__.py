@@ -3,32 +3,20 @@
 ``fit`` runs it, ``compare`` sets it beside a reference posterior, ``Fit`` holds what came out.
 """
 
-from vi_toolkit.comparison import Comparison, compare
-from vi_toolkit.diagnostics import (
-    VSBC,
-    Diagnosis,
-    ErrorBounds,
-    Evidence,
-    LocalParetoK,
-    MissedMode,
-    PredictiveCheck,
-    WarmChains,
-    convergence,
-    diagnose,
-    error_bounds,
-    importance_moments,
-    linear_response,
-    local_psis,
-    log_evidence,
-    missed_modes,
-    pareto_k,
-    predictive_check,
-    psis,
-    suggest_guide,
-    vsbc,
-    warm_chains,
-)
-from vi_toolkit.diagnostics.gradient_report import GradientReport, gradient_report
+from vi_toolkit.comparison import compare
+from vi_toolkit.diagnostics.bounds import error_bounds
+from vi_toolkit.diagnostics.chains import warm_chains
+from vi_toolkit.diagnostics.convergence import convergence
+from vi_toolkit.diagnostics.evidence import log_evidence
+from vi_toolkit.diagnostics.gradient_report import gradient_report
+from vi_toolkit.diagnostics.linear_response import linear_response
+from vi_toolkit.diagnostics.local_psis import local_psis
+from vi_toolkit.diagnostics.missed_modes import missed_modes
+from vi_toolkit.diagnostics.pareto import pareto_k, psis
+from vi_toolkit.diagnostics.predictive import predictive_check
+from vi_toolkit.diagnostics.suggest import suggest_guide
+from vi_toolkit.diagnostics.verdict import diagnose
+from vi_toolkit.diagnostics.vsbc import vsbc
 from vi_toolkit.errors import (
     CompileError,
     CompileWarning,
@@ -55,42 +43,31 @@ from vi_toolkit.reference.reference import Reference
 from vi_toolkit.result import Fit, load
 
 __all__ = [
-    "VSBC",
-    "Comparison",
     "CompileError",
     "CompileWarning",
     "ControlVariate",
     "ConvergenceWarning",
-    "Diagnosis",
     "Enumerate",
-    "ErrorBounds",
-    "Evidence",
     "Fit",
-    "GradientReport",
     "InvalidReferenceError",
     "LeaveOneOut",
     "LoadError",
-    "LocalParetoK",
-    "MissedMode",
     "Neural",
     "NonFiniteError",
     "NotDeterministicError",
     "PathDerivative",
-    "PredictiveCheck",
     "PreflightError",
     "Reference",
     "Reparam",
     "RunningMean",
     "Score",
     "VIError",
-    "WarmChains",
     "compare",
     "convergence",
     "diagnose",
     "error_bounds",
     "fit",
     "gradient_report",
-    "importance_moments",
     "linear_response",
     "load",
     "local_psis",

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
+import torch
+from matplotlib.axes import Axes
 
-from vi_toolkit.figures import COLOURS, PALE, STYLE, Figure
+from vi_toolkit.figures import COLOURS, GREY, PALE, STYLE, Figure, hide_y_axis
 from vi_toolkit.fit_protocol import FitLike
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+NUM_DRAWS = 4_000  # behind the histograms
+MOST_MARGINALS = 12
 
 
-def plot_fit(fit: FitLike, num_draws: int = 4000, scalars: int = 12, seed: int = 0) -> Figure:
-    """The ELBO's history beside the marginal posteriors of the first scalars on their own scale.
+def plot_fit(fit: FitLike) -> Figure:
+    """Plot the ELBO's history and the marginals of the first 12 scalars on the model's own scale.
 
     Args:
-        fit: the fit.
-        num_draws: draws behind the histograms.
-        scalars: at most so many histograms.
-        seed: of the draws.
+        fit: a :class:`~vi_toolkit.Fit`.
     """
-    columns = _scalars(fit.sample(num_draws, seed=seed))
-    names = list(columns)[:scalars]
+    columns = _scalars(fit.sample(NUM_DRAWS, seed=0))
+    names = list(columns)[:MOST_MARGINALS]
     across = 4 if len(names) > 6 else 3 if len(names) > 4 else 2 if len(names) > 1 else 1
     down = -(-len(names) // across)
     with matplotlib.rc_context(STYLE):
@@ -43,11 +41,11 @@ def plot_fit(fit: FitLike, num_draws: int = 4000, scalars: int = 12, seed: int =
     return figure
 
 
-def _scalars(draws: Mapping[str, object]) -> dict[str, np.ndarray]:
+def _scalars(draws: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Site -> (draws, *shape) as scalar name -> (draws,)."""
     out = {}
     for site, value in draws.items():
-        array = value.detach().cpu().numpy()  # type: ignore[attr-defined]
+        array = value.detach().cpu().numpy()
         for index in np.ndindex(array.shape[1:]):
             label = f"{site}[{','.join(map(str, index))}]" if index else site
             out[label] = array[(slice(None), *index)]
@@ -65,10 +63,10 @@ def _draw_elbo(axes: Axes, fit: FitLike) -> None:
         axes.plot(steps[window - 1 :], mean, color=COLOURS[0], lw=1.4)
     finite = elbo[np.isfinite(elbo)]
     if len(finite) > 2:
-        # A start a million nats down would crush the rest, so it is cut off.
+        # A start a million nats down would flatten the rest of the curve, so it is cut off.
         settled = finite[len(finite) // 3 :]
         low, high = settled.min(), finite.max()
-        # Differences far below a nat are nothing to look at.
+        # Without this, differences far below one nat would fill the axis.
         low = min(low, high - 1)
         if high - finite.min() < 3 * (high - low):
             low = min(low, finite.min())
@@ -82,7 +80,7 @@ def _draw_elbo(axes: Axes, fit: FitLike) -> None:
                 xycoords="axes fraction",
                 ha="right",
                 fontsize=7.5,
-                color="#777777",
+                color=GREY,
             )
     axes.ticklabel_format(useOffset=False, style="plain")
     axes.set_xlabel("step")
@@ -102,6 +100,5 @@ def _draw_marginal(axes: Axes, name: str, values: np.ndarray) -> None:
     elif len(values):
         axes.axvline(values[0], color=COLOURS[0])
     axes.set_title(name, fontsize=8.5)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
+    hide_y_axis(axes)
     axes.locator_params(axis="x", nbins=3)

@@ -133,7 +133,7 @@ def test_run_without_a_reference_says_how_to_make_it(tmp_path, monkeypatch):
 
 
 def comparison_of(d):
-    """A stand-in for vi.Comparison with d scalars whose mean error is their position / 100."""
+    """A stand-in for a Comparison with d scalars whose mean error is their position / 100."""
     names = [f"coefficients[{i}]" for i in range(d)]
     table = pd.DataFrame(
         {

@@ -1,15 +1,15 @@
-"""Has the optimiser arrived? The rung below all others."""
+"""Whether the optimiser has converged, which every other diagnostic takes for granted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from vi_toolkit.arviz_adapter import ess, rhat
 from vi_toolkit.deterministic.run import DeterministicRun
+from vi_toolkit.result import Fit
 
 MOST_COLUMNS = 2_000  # ArviZ takes 0.2 ms for each
 
@@ -25,7 +25,7 @@ class Convergence:
         r_hat: largest split R-hat over the variational parameters' iterates (stochastic), or nan.
         effective_iterates: smallest effective sample size of these iterates, or nan.
         restart_gap: ELBO of the best restart minus that of the second, in nats, or nan.
-        meaning: the same in words, with what to do.
+        meaning: the same in one sentence, with what to do.
     """
 
     converged: bool
@@ -40,11 +40,11 @@ class Convergence:
         return f"Convergence: {self.meaning}"
 
 
-def convergence(fit: Any) -> Convergence:
-    """Summary of how a fit ended.
+def convergence(fit: Fit) -> Convergence:
+    """Summarise how a fit ended.
 
     For a stochastic fit, R-hat and effective sample size treat the block means of the last stage's
-    iterates as two half chains: iterates that still go somewhere have an R-hat above 1.1.
+    iterates as two half chains. Iterates that still drift have an R-hat above 1.1.
 
     Args:
         fit: a :class:`~vi_toolkit.Fit`.
@@ -52,6 +52,14 @@ def convergence(fit: Any) -> Convergence:
     References:
         Dhaka et al., "Robust, Accurate Stochastic Optimization for Variational Inference",
         NeurIPS 2020.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, vi_toolkit as vi
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> vi.convergence(vi.fit(model, AutoNormal, {}, progress=False)).converged
+        True
     """
     r_hat = effective = gradient = gap = float("nan")
     run = fit.run
@@ -70,9 +78,9 @@ def convergence(fit: Any) -> Convergence:
 
 
 def split_r_hat(iterates: np.ndarray) -> float:
-    """Largest R-hat over columns of (iterates, parameters), the two halves taken as chains.
+    """Largest R-hat over the columns of (iterates, parameters), with the two halves as chains.
 
-    ArviZ's, without rank normalisation: the averages reported are of the iterates themselves.
+    Ranks are not used, because the reported solution is an average of the iterates themselves.
     """
     half = len(iterates) // 2
     live = _moving(iterates)
@@ -89,9 +97,10 @@ def effective_size(iterates: np.ndarray) -> float:
 
 
 def _moving(iterates: np.ndarray) -> np.ndarray:
-    """The columns that are not constant in either half, for the others have no R-hat.
+    """The columns that vary within at least one half; the others have no R-hat.
 
-    Of very many, those whose halves' means are furthest apart, in sds: they have the largest R-hat.
+    If there are very many, only the columns whose halves differ most in their means, measured in
+    sds: they have the largest R-hat.
     """
     half = len(iterates) // 2
     first, last = iterates[:half], iterates[-half:]

@@ -1,4 +1,4 @@
-"""Which gradient estimator? Measured on the user's own model."""
+"""Variance and cost of gradient estimators, measured on the user's own model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pyro
@@ -19,35 +20,35 @@ from pyro.infer import ELBO
 from vi_toolkit.estimators import LeaveOneOut, PathDerivative, Reparam, Score
 from vi_toolkit.estimators.particles import pointwise
 from vi_toolkit.estimators.reparam import reparameterised
+from vi_toolkit.figures import COLOURS, PALE, STYLE, Figure
 from vi_toolkit.fitting import fit
 from vi_toolkit.preflight import preflight
-from vi_toolkit.programs.isolation import (
-    random_state,
-    seeded_state,
-    set_random_state,
-)
+from vi_toolkit.programs.isolation import random_state, seeded_state, set_random_state
 from vi_toolkit.programs.minibatch_plan import minibatch_plan
-from vi_toolkit.programs.minibatches import Minibatches
+from vi_toolkit.programs.minibatches import Minibatches, PlatePlan
 from vi_toolkit.programs.sites import is_drawn, is_term
 from vi_toolkit.programs.workspace import Workspace
 from vi_toolkit.result import Fit
 
-WARM_UP = 30  # steps before measuring, in which baselines learn
+WARM_UP = 30  # gradients before measuring, from which baselines learn
+WHERE = {"init": "at the start", "optimum": "at the optimum", "fit": "at the given fit"}
 
 
 @dataclass
 class GradientReport:
-    """What each estimator's gradient is like, at one point of the parameter space.
+    """Signal, noise and cost of each estimator's gradient at one point of the parameter space.
 
     Attributes:
-        table: one row per (estimator, site): ``norm`` of the mean gradient, ``sd`` (root of its
-            total variance), ``snr`` (their ratio), each with its standard error ``+-``.
-        costs: one row per estimator, over all sites: the total variance relative to the first
-            estimator's, milliseconds per gradient (median), and the variance at equal time
-            (variance times cost) relative to the first, each with its standard error.
-        refused: estimator -> why it cannot be used here.
-        at: where: "init", "optimum" or "fit".
-        draws: gradients per estimator.
+        table: a row per (estimator, site), with ``norm`` of the mean gradient, ``sd`` (root of its
+            total variance) and ``snr`` (their ratio), and the standard errors ``norm_se``,
+            ``sd_se`` and ``snr_se``.
+        costs: a row per estimator, over all sites, with the total ``variance`` relative to the
+            first estimator's, the median of ``ms per gradient`` in milliseconds, and the
+            ``variance at equal time`` (variance times cost) relative to the first estimator's, each
+            followed by its standard error (``variance_se``, ...).
+        refused: estimator -> the reason why it cannot be used here.
+        at: "init", "optimum" or "fit", the point where the gradients were taken.
+        num_draws: number of gradients per estimator.
         mean, sd: estimator -> parameter -> array of the parameter's shape, on the unconstrained
             scale on which optimisers work.
     """
@@ -61,58 +62,48 @@ class GradientReport:
     sd: dict[str, dict[str, np.ndarray]] = field(repr=False)
 
     def __repr__(self) -> str:
-        where = {"init": "at the start", "optimum": "at the optimum", "fit": "at the given fit"}
-        lines = [f"Gradient estimators {where[self.at]}, {self.num_draws} gradients each"]
+        lines = [f"Gradient estimators {WHERE[self.at]}, {self.num_draws} gradients each"]
         with pd.option_context("display.width", 120, "display.max_columns", 20):
-            lines += [
-                "",
-                self.costs.map(_short).to_string(),
-                "",
-                self.table.map(_short).to_string(),
-            ]
+            for table in (self.costs, self.table):
+                lines += ["", table.map("{:.3g}".format).to_string()]
         lines += [f"{name}: not possible. {why}" for name, why in self.refused.items()]
         return "\n".join([*lines, "", self.best])
 
     @property
     def best(self) -> str:
-        """The estimator of least variance at equal time, and those not told apart from it."""
-        value, error = (self.costs[f"variance at equal time{x}"] for x in ("", "_se"))
+        """The estimator of least variance at equal time, and those within two standard errors."""
+        value, error = self.costs["variance at equal time"], self.costs["variance_at_equal_time_se"]
         if value.isna().all():
             return f"{self.costs.index[0]} has no variance here, so there is nothing to compare."
         first = value.idxmin()
         gap = 2 * np.hypot(error, error[first])
         close = [n for n in value.index[value - value[first] <= gap] if n != first]
-        return f"Least variance for the time: {first}" + (
-            f" (not told apart, within 2 standard errors: {', '.join(close)})." if close else "."
+        return f"Least variance at equal time: {first}" + (
+            f" (within 2 standard errors of it: {', '.join(close)})." if close else "."
         )
 
-    def plot(self) -> Any:
-        """Figure: total variance per gradient and at equal time, on a log scale."""
-        from matplotlib import pyplot as plt
-
-        columns = ["variance", "variance at equal time"]
-        figure, axes = plt.subplots(
-            1,
-            2,
-            sharex=True,
-            sharey=True,
-            figsize=(9, 1.1 + 0.35 * len(self.costs)),
-            layout="constrained",
-        )
-        places = np.arange(len(self.costs))[::-1]
-        for axis, column in zip(axes, columns, strict=True):
-            value, error = self.costs[column], self.costs[f"{column}_se"]
-            low = np.minimum(2 * error, 0.95 * value)  # the log of a negative number
-            axis.errorbar(value, places, xerr=[low, 2 * error], fmt="o", ms=5, capsize=3)
-            axis.axvline(1, color="0.7", lw=1, zorder=0)
-            axis.set(xscale="log", xlabel=f"{column}, relative to {self.costs.index[0]}")
-            axis.grid(axis="x", alpha=0.3)
-        low_limit, high_limit = axes[0].get_xlim()
-        if high_limit / low_limit < 30:  # a range without a labelled tick
-            axes[0].set_xlim(low_limit / 3, high_limit * 3)
-        axes[0].set_yticks(places, self.costs.index)
-        where = {"init": "At the start", "optimum": "At the optimum", "fit": "At the fit"}[self.at]
-        figure.suptitle(f"{where}; bars are 2 standard errors", fontsize=10)
+    def plot(self) -> Figure:
+        """Figure of the total variance per gradient and at equal time, on a log scale."""
+        costs = self.costs
+        heights = np.arange(len(costs))[::-1]
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(9, 1.1 + 0.35 * len(costs)), layout="constrained")
+            both = figure.subplots(1, 2, sharex=True, sharey=True)
+            for axes, column in zip(both, ("variance", "variance at equal time"), strict=True):
+                value, error = costs[column], costs[_se(column)]
+                low = np.minimum(2 * error, 0.95 * value)  # a log axis has no negative numbers
+                axes.errorbar(value, heights, xerr=[low, 2 * error], fmt="o", ms=5, capsize=3,
+                              color=COLOURS[0])  # fmt: skip
+                axes.axvline(1, color="#AAAAAA", lw=1, zorder=0)
+                axes.set(xscale="log", xlabel=f"{column}, relative to {costs.index[0]}")
+                axes.grid(axis="x", color=PALE, lw=0.7)
+                axes.set_axisbelow(True)
+            low_limit, high_limit = both[0].get_xlim()
+            if high_limit / low_limit < 30:  # a range that may have no labelled tick
+                both[0].set_xlim(low_limit / 3, high_limit * 3)
+            both[0].set_yticks(heights, costs.index)
+            figure.suptitle(f"{WHERE[self.at].capitalize()}; bars are 2 standard errors",
+                            x=0.01, ha="left", fontsize=10)  # fmt: skip
         return figure
 
 
@@ -127,38 +118,40 @@ def gradient_report(
     subsample: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> GradientReport:
-    r"""Measure the gradients of several estimators on one model and guide, at one point.
+    r"""Measure the gradients of several estimators for one model and guide, at one point.
 
     With g the gradient of the loss on the unconstrained scale, restricted to the parameters of a
-    site, the report has :math:`\|E g\|`, :math:`\mathrm{sd} = \sqrt{\mathrm{tr\,Cov}\,g}`, their
-    ratio (the signal-to-noise ratio), and per estimator the cost c of a gradient in time and
-    :math:`c \,\mathrm{tr\,Cov}\,g`, the variance left when all estimators are given the same time
-    (for averages of independent gradients). Look at the start *and* at the optimum: the order of
-    the estimators is often another.
+    site, the report has :math:`\|E g\|`, :math:`\mathrm{sd} = \sqrt{\mathrm{tr\,Cov}\,g}` and their
+    ratio, the signal-to-noise ratio. Per estimator it has the cost c of a gradient in time, and
+    :math:`c \,\mathrm{tr\,Cov}\,g`, which compares averages of independent gradients that take the
+    same time. Look at the start *and* at the optimum, because the order of the estimators often
+    changes.
 
-    Baselines learn in 30 steps before and go on learning while measured. The parameters stand
-    still meanwhile, which flatters baselines that remember earlier steps: in a fit they lag.
-    Times are taken in turns, one gradient of each estimator after the other, so that a busy
-    machine slows all alike. The caller's parameters, random state and estimators are left as
-    they were.
+    Baselines learn from 30 gradients before the measurement and go on learning during it. The
+    parameters do not move meanwhile, which flatters baselines that remember earlier steps: in a fit
+    they lag. Times are taken in turns, one gradient of each estimator after the other, so that a
+    busy machine slows all of them alike. The caller's parameters, random state and estimators do
+    not change.
 
     Args:
         model, guide, data: as for :func:`~vi_toolkit.fit`.
         estimators: list, or label -> estimator. By default ``Reparam``, ``PathDerivative`` and
-            ``Score`` with nothing, Rao-Blackwellised, and leave-one-out, at 8 particles; where
-            some sites cannot be reparameterised also the score at those sites only.
+            ``Score`` without control variates, Rao-Blackwellised, and leave-one-out, with 8
+            particles each. If only some sites can be reparameterised, also the score function for
+            the others alone.
         at: "init", "optimum" (fits first, with the defaults of :func:`~vi_toolkit.fit`), or a
-            :class:`~vi_toolkit.Fit`, whose model, data and parameters are taken.
-        num_draws: gradients per estimator.
-        subsample: plate name -> minibatch size; the minibatch's variance is then part of it.
+            :class:`~vi_toolkit.Fit`, whose model, data and parameters are then used.
+        num_draws: number of gradients per estimator.
+        subsample: plate name -> minibatch size. The variance then includes that of the minibatch.
         seed: of the draws.
 
     Returns:
-        A :class:`GradientReport`. Estimators that cannot be used on this guide are listed with the
-        reason, in ``refused``.
+        A :class:`GradientReport`. Its ``refused`` lists the estimators that this guide does not
+        allow, each with the reason.
 
     Raises:
-        PreflightError: model, guide and data do not fit together, or no estimator can be used.
+        PreflightError: model, guide and data do not fit together.
+        ValueError: no estimator can be used, or an argument is wrong.
 
     References:
         Rainforth et al., "Tighter Variational Bounds are Not Necessarily Better", 2018, for the
@@ -172,7 +165,7 @@ def gradient_report(
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
         ...     with pyro.plate("observations", len(y)):
         ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> report = vi.gradient_report(model, AutoNormal, {"y": torch.arange(5.0)}, draws=50)
+        >>> report = vi.gradient_report(model, AutoNormal, {"y": torch.arange(5.0)}, num_draws=50)
         >>> list(report.costs.columns[::2])
         ['variance', 'ms per gradient', 'variance at equal time']
         >>> bool(report.costs.loc["Score, naive", "variance"] > 1)  # relative to Reparam
@@ -237,22 +230,22 @@ def _measure(
             own: Any = estimator.fresh() if hasattr(estimator, "fresh") else estimator
             generator = torch.Generator().manual_seed(seed)
             batches = Minibatches(plan.size, plan.batch, generator) if plan else None
-            # A stream of each estimator's own: adding one to the list does not change the others.
+            # Each has its own random numbers, so adding an estimator does not change the others.
             live[name] = (own, batches, seeded_state(seed + 7919 * k))
-        for step in range(-WARM_UP, num_draws):
+        for number in range(-WARM_UP, num_draws):
             for name in list(live):
                 estimator, batches, state = live[name]
                 set_random_state(state)
                 try:
                     taken, found = _one(workspace, estimator, plan, batches)
                 except (ValueError, NotImplementedError) as error:
-                    if step > -WARM_UP:
+                    if number > -WARM_UP:
                         raise
                     refused[name] = str(error).split("\n")[0]
                     del live[name]
                     continue
                 live[name] = (estimator, batches, random_state())
-                if step >= 0:
+                if number >= 0:
                     gradients.setdefault(name, []).append(found)
                     seconds.setdefault(name, []).append(taken)
         if not live:
@@ -286,9 +279,9 @@ def _measure(
 
 
 def _one(
-    workspace: Workspace, estimator: Any, plan: Any, batches: Minibatches | None
+    workspace: Workspace, estimator: Any, plan: PlatePlan | None, batches: Minibatches | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """(seconds, parameter -> flat gradient) of one step."""
+    """One gradient: (seconds, parameter -> flat gradient)."""
     data: Mapping[str, Any] = workspace.data
     handler: contextlib.AbstractContextManager = contextlib.nullcontext()
     if plan is not None and batches is not None:
@@ -313,9 +306,9 @@ def _one(
 
 
 def _owners(workspace: Workspace) -> dict[str, list[str]]:
-    """Sites -> parameters that they draw from; sites that share parameters are named together."""
+    """Site -> names of its distribution's parameters; sites that share them are named together."""
     trace = poutine.trace(workspace.guide).get_trace(**workspace.data)
-    # Values held: what is left of log q depends on a site's own parameters only.
+    # With the values held fixed, a site's density depends on its own parameters only.
     held = poutine.trace(poutine.replay(workspace.guide, trace=_detached(trace)))
     nodes = held.get_trace(**workspace.data).nodes
     leaves = dict(pyro.get_param_store().named_parameters())
@@ -341,7 +334,7 @@ def _owners(workspace: Workspace) -> dict[str, list[str]]:
 
 
 def _location(site: dict[str, Any]) -> Any:
-    """What a point mass's parameters reach: its value."""
+    """Location of a point mass, through which gradients reach its parameters; 0 for others."""
     value = site["fn"]
     while hasattr(value, "base_dist"):
         value = value.base_dist
@@ -369,7 +362,7 @@ def _total_variance(g: torch.Tensor) -> tuple[float, float]:
 def _summary(g: torch.Tensor) -> dict[str, float]:
     n = len(g)
     mean, (variance, se) = g.mean(0), _total_variance(g)
-    # The squared norm of a mean over n draws is too large by variance / n.
+    # On average, the squared norm of a mean over n draws is too large by variance / n.
     norm = math.sqrt(max(float(mean.square().sum()) - variance / n, 0.0))
     length = float(mean.norm())
     along = float((g @ (mean / length)).std()) / math.sqrt(n) if length else 0.0
@@ -406,11 +399,12 @@ def _relative(
         "variance": ratio,
         "variance_se": own * ratio * math.hypot(*parts),
         "ms per gradient": cost,
-        "ms per gradient_se": cost_se,
+        "ms_per_gradient_se": cost_se,
         "variance at equal time": equal,
-        "variance at equal time_se": own * equal * math.hypot(*parts, *times),
+        "variance_at_equal_time_se": own * equal * math.hypot(*parts, *times),
     }
 
 
-def _short(x: float) -> str:
-    return f"{x:.3g}"
+def _se(column: str) -> str:
+    """Name of the column with a column's standard error."""
+    return f"{column.replace(' ', '_')}_se"

@@ -1,19 +1,22 @@
-"""Linear-response covariance: what mean field lost, from how its means move."""
+"""Linear-response covariance: the sds that mean field gets wrong, from how its means move."""
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, cg
 
 from vi_toolkit.deterministic.objective import normals
 from vi_toolkit.deterministic.run import DeterministicRun
 from vi_toolkit.deterministic.solver import solve
 from vi_toolkit.errors import ConvergenceWarning, NotDeterministicError
 from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.result import Fit
 
 DENSE = 1_000  # variational parameters up to which the Hessian is formed
 
@@ -23,9 +26,9 @@ class LinearResponse:
     """The linear-response covariance of a fit.
 
     Attributes:
-        names: of the scalars on the unconstrained scale, (d,).
+        names: names of the scalars on the unconstrained scale, (d,).
         mean: the guide's means, (d,).
-        covariance: corrected, (d, d).
+        covariance: corrected covariance, (d, d).
         sd: corrected sds, (d,).
         guide_sd: the guide's own sds, (d,).
         optimum: whether the ELBO's curvature at the fit is that of a maximum. If not, the fit has
@@ -44,36 +47,38 @@ class LinearResponse:
 
     @property
     def meaning(self) -> str:
+        """The result in one sentence."""
         if not self.optimum:
             return "the fit is not at a maximum of the ELBO: these sds mean nothing"
         ratio = self.guide_sd / self.sd
         worst = int(ratio.argmin())
         return (
-            f"the guide's sds are {ratio.min():.2f} to {ratio.max():.2f} of the corrected ones; "
-            f"the narrowest is {self.names[worst]}"
+            f"the guide's sds are {ratio.min():.2f} to {ratio.max():.2f} times the corrected ones; "
+            f"the narrowest is that of {self.names[worst]}"
         )
 
     def __repr__(self) -> str:
         return f"Linear response of {len(self.names)} scalars: {self.meaning}"
 
 
-def linear_response(fit: Any, scalars: list[str] | None = None) -> LinearResponse:
-    r"""Posterior covariance from the response of a fit's means to a tilt of the log density.
+def linear_response(fit: Fit, scalars: list[str] | None = None) -> LinearResponse:
+    r"""Posterior covariance from how far the fit's means move when the model is perturbed.
 
-    If the log joint density gets a term :math:`t^\top u`, the posterior mean of u moves at the rate
-    of its covariance. So do the means of the best q in the family, as far as they can follow, and
-    that rate is
+    Add a small term :math:`t^\top u` to the log joint density. The derivative of the posterior mean
+    of u with respect to t is the posterior covariance. Linear response takes instead the
+    derivative of the means of the best q in the family,
 
     .. math:: \hat\Sigma = J\, (-H)^{-1} J^\top, \qquad
               J = \frac{\partial E_q[u]}{\partial \lambda}, \quad
               H = \frac{\partial^2 \mathcal L}{\partial \lambda\, \partial \lambda^\top}
 
-    at the optimum of the ELBO. Exact for mean field on a Gaussian posterior. The objective is that
-    of the fit's fixed draws, solved to convergence first.
+    at the optimum of the ELBO. The result is exact for mean field on a Gaussian posterior. The
+    ELBO is that of the fit's fixed draws, which is first solved to convergence.
 
     Args:
-        fit: by the deterministic method, with any guide whose means can move freely.
-        scalars: only these (names of ``fit.joint``), for very many latents; None for all.
+        fit: a deterministic fit of any guide whose means can move freely.
+        scalars: names of the scalars wanted (from ``fit.joint.names``), which saves time if there
+            are very many latents; None for all.
 
     Returns:
         A :class:`LinearResponse`.
@@ -118,8 +123,8 @@ def linear_response(fit: Any, scalars: list[str] | None = None) -> LinearRespons
             problem, _, _ = solve(problem, z)
             jacobian = problem.mean_jacobian()[rows]
             zero = torch.zeros(problem.size, dtype=dtype)
-            # Whitened coordinates, so entries of order 1: one-sided differences are good to about
-            # ``step``, and cost half of central ones.
+            # The coordinates are whitened, so the curvature is of order 1. One-sided differences
+            # then have an error of about ``step`` and cost half of central ones.
             step = 1e-5 if dtype == torch.float64 else 1e-2
             here = problem.value_and_gradient(zero, z)[1]
 
@@ -146,7 +151,11 @@ def linear_response(fit: Any, scalars: list[str] | None = None) -> LinearRespons
     return LinearResponse(names, mean, covariance, sd, optimum)
 
 
-def _dense(curvature: Any, jacobian: torch.Tensor) -> tuple[torch.Tensor, bool]:
+Curvature = Callable[[torch.Tensor], torch.Tensor]  # v -> -H v
+
+
+def _dense(curvature: Curvature, jacobian: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Solve -H x = J^T by forming H; whether -H is positive definite."""
     identity = torch.eye(jacobian.shape[1], dtype=jacobian.dtype)
     hessian = torch.stack([curvature(e) for e in identity])
     hessian = (hessian + hessian.T) / 2
@@ -156,26 +165,30 @@ def _dense(curvature: Any, jacobian: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return torch.cholesky_solve(jacobian.T, factor), True
 
 
+class _NotAMaximumError(ArithmeticError):
+    """The ELBO does not fall in some direction from the fit."""
+
+
 def _conjugate_gradients(
-    curvature: Any, jacobian: torch.Tensor, iterations: int = 200, tolerance: float = 1e-4
+    curvature: Curvature, jacobian: torch.Tensor, iterations: int = 200, tolerance: float = 1e-4
 ) -> tuple[torch.Tensor, bool]:
-    """Solve -H x = J^T column by column; a direction of negative curvature ends it."""
-    columns, optimum = [], True
-    for b in jacobian:
-        x, residual = torch.zeros_like(b), b.clone()
-        direction, size = residual.clone(), float(residual @ residual)
-        first = size
-        for _ in range(iterations):
-            if size <= tolerance**2 * first:
-                break
-            image = curvature(direction)
-            bend = float(direction @ image)
-            if bend <= 0:
-                optimum = False
-                break
-            x = x + size / bend * direction
-            residual = residual - size / bend * image
-            size, previous = float(residual @ residual), size
-            direction = residual + size / previous * direction
-        columns.append(x)
-    return torch.stack(columns, 1), optimum
+    """Solve -H x = J^T column by column; whether -H was positive in every direction searched."""
+
+    def product(v: np.ndarray) -> np.ndarray:
+        direction = torch.as_tensor(v).to(jacobian)
+        image = curvature(direction)
+        if float(direction @ image) <= 0:
+            raise _NotAMaximumError
+        return image.numpy()
+
+    operator = LinearOperator(
+        (jacobian.shape[1],) * 2, matvec=product, dtype=jacobian.numpy().dtype
+    )
+    solved, optimum = torch.zeros_like(jacobian), True
+    for x, b in zip(solved.numpy(), jacobian.numpy(), strict=True):
+        keep = functools.partial(np.copyto, x)
+        try:
+            cg(operator, b, rtol=tolerance, maxiter=iterations, callback=keep)
+        except _NotAMaximumError:
+            optimum = False
+    return solved.T, optimum

@@ -1,22 +1,25 @@
-"""k-hat of every datum's own latents: which local approximations to believe."""
+"""k-hat of each datum's own latents: for which data the guide is far from the posterior."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pyro.poutine as poutine
 import torch
 
 from vi_toolkit.diagnostics.pareto import USABLE, pareto_k
+from vi_toolkit.figures import COLOURS, LIMIT, STYLE, Figure
 from vi_toolkit.programs.isolation import seeded_state
 from vi_toolkit.programs.noise import FunctionalNoise
 from vi_toolkit.programs.sites import latent_sites
 from vi_toolkit.programs.vectorise import Batched
+from vi_toolkit.programs.workspace import Workspace
+from vi_toolkit.result import Fit
 
-if TYPE_CHECKING:
-    from vi_toolkit.figures import Figure
+MOST_NUMBERED = 5  # of the worst data, in words and in the figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +27,11 @@ class LocalParetoK:
     """k-hat of the latents in a plate of n data, given the latents outside it.
 
     Attributes:
-        plate: its name.
-        sites: the latents in it.
-        k: (n,), mean over repetitions.
-        k_se: of that mean, (n,).
-        effective_fraction: effective share of the draws, (n,).
+        plate: name of the plate.
+        sites: names of the latents in it.
+        k: k-hat of each datum, mean over repetitions, (n,).
+        k_se: Monte Carlo standard error of that mean, (n,).
+        effective_fraction: effective sample size over the number of draws, (n,).
     """
 
     plate: str
@@ -45,51 +48,67 @@ class LocalParetoK:
 
     @property
     def meaning(self) -> str:
-        """In plain words."""
+        """The result in one sentence."""
         what = f"the guide of {', '.join(self.sites)}"
         if not len(self.bad):
             return (
                 f"{what} can be used for all {len(self.k)} data (largest k-hat {self.k.max():.2f})"
             )
-        worst = ", ".join(f"{i} ({self.k[i]:.2f})" for i in self.bad[:5])
-        more = ", ..." if len(self.bad) > 5 else ""
+        worst = ", ".join(f"{i} ({self.k[i]:.2f})" for i in self.bad[:MOST_NUMBERED])
+        more = ", ..." if len(self.bad) > MOST_NUMBERED else ""
         return (
             f"{what} is far from the posterior for {len(self.bad)} of {len(self.k)} data in plate "
             f"{self.plate!r}: {worst}{more}"
         )
 
-    def plot(self) -> Figure:
-        """k-hat of every datum."""
-        from vi_toolkit.figures import plot_local_psis
-
-        return plot_local_psis(self)
-
     def __repr__(self) -> str:
         return f"Local k-hat: {self.meaning}"
 
+    def plot(self) -> Figure:
+        """Figure with k-hat of every datum and two standard errors; the worst data are numbered."""
+        data, error = np.arange(len(self.k)), 2 * np.nan_to_num(self.k_se)
+        bad = np.zeros(len(self.k), dtype=bool)
+        bad[self.bad] = True
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(7, 2.8), layout="constrained")
+            axes = figure.subplots()
+            for pick, colour in ((~bad, COLOURS[0]), (bad, COLOURS[1])):
+                axes.errorbar(data[pick], self.k[pick], yerr=error[pick], fmt="o", ms=3.5,
+                              lw=0.8, color=colour)  # fmt: skip
+            for i in self.bad[:MOST_NUMBERED]:
+                axes.annotate(str(i), (i, self.k[i]), (4, 3), textcoords="offset points",
+                              fontsize=8)  # fmt: skip
+            axes.axhline(USABLE, **LIMIT)
+            axes.margins(y=0.12)
+            axes.set_xlabel(self.plate)
+            axes.set_ylabel("k-hat")
+            sites = ", ".join(self.sites)
+            axes.set_title(f"{sites}: {len(self.bad)} of {len(self.k)} with k-hat of 0.7 or more")
+        return figure
+
 
 def local_psis(
-    fit: Any,
+    fit: Fit,
     plate: str | None = None,
     num_draws: int = 2_000,
     repetitions: int = 4,
     seed: int = 0,
 ) -> LocalParetoK:
-    r"""k-hat per datum of a model with latents of its own for every datum.
+    r"""k-hat of each datum, for a model with local latents in a plate over the data.
 
-    One k-hat for all latents together says little when there are thousands of local ones. Given
-    the global latents :math:`\beta` the local ones are independent, and each datum has weights
+    One k-hat for all latents together says little if thousands of them are local. Given the global
+    latents :math:`\beta` the local ones are independent, and each datum has weights
 
     .. math:: w_i = \frac{p(x_i, z_i \mid \beta)}{q(z_i \mid \beta)}.
 
-    Each repetition draws the globals once from the guide and then the locals many times, so that
-    k-hat is that of q(z_i | beta) as an approximation of p(z_i | x_i, beta) alone.
+    Each repetition draws the global latents once from the guide and the local ones many times. Its
+    k-hat therefore measures only how well q(z_i | beta) approximates p(z_i | x_i, beta).
 
     Args:
         fit: a :class:`~vi_toolkit.Fit` on full data, whose guide has the same plate.
         plate: name of the plate; None if only one has latents in it.
-        num_draws: of the locals, per repetition.
-        repetitions: draws of the globals.
+        num_draws: number of draws of the local latents per repetition.
+        repetitions: number of draws of the global latents.
         seed: of the draws.
 
     Raises:
@@ -111,16 +130,13 @@ def local_psis(
         >>> vi.local_psis(fit).bad
         array([], dtype=int64)
     """
-    fit.workspace.require_guide_density("An importance weight")
-    fit.workspace.require_whole_plates()
-    frame = _frame(fit, plate)
-    n = frame.size
-    guide_sites = _in_plate(fit.workspace.guide_trace, frame.name)
-    sites = [
-        s
-        for s in latent_sites(fit.workspace.model_trace)
-        if s in _in_plate(fit.workspace.model_trace, frame.name)
-    ]
+    workspace = fit.workspace
+    workspace.require_guide_density("An importance weight")
+    workspace.require_whole_plates()
+    frame = _frame(workspace, plate)
+    guide_sites = _in_plate(workspace.guide_trace, frame.name)
+    in_plate = _in_plate(workspace.model_trace, frame.name)
+    sites = [name for name in latent_sites(workspace.model_trace) if name in in_plate]
 
     def per_datum(trace: Any) -> torch.Tensor:
         trace.compute_log_prob()
@@ -134,25 +150,24 @@ def local_psis(
 
     rows = []
     for r in range(repetitions):
-        with fit.workspace.isolated(seeded_state(fit.derived_seed(seed + r, 5))), torch.no_grad():
-            globals_only: Any = poutine.trace(fit.guide).get_trace(**fit.workspace.data)
+        with workspace.isolated(seeded_state(fit.derived_seed(seed + r, 5))), torch.no_grad():
+            globals_only: Any = poutine.trace(workspace.guide).get_trace(**workspace.data)
             for name in guide_sites:
                 globals_only.remove_node(name)
-            _check_that_locals_move(fit, globals_only, sites, frame.name)
+            _check_that_locals_move(workspace, globals_only, sites, frame.name)
 
             def one(_: torch.Tensor, globals_only: Any = globals_only) -> torch.Tensor:
                 with FunctionalNoise():
-                    replayed = poutine.replay(fit.guide, trace=globals_only)
-                    trace = poutine.trace(replayed).get_trace(**fit.workspace.data)
-                    model = poutine.trace(poutine.replay(fit.model, trace=trace))
-                    model_trace = model.get_trace(**fit.workspace.data)
+                    replayed = poutine.replay(workspace.guide, trace=globals_only)
+                    trace = poutine.trace(replayed).get_trace(**workspace.data)
+                    model = poutine.trace(poutine.replay(workspace.model, trace=trace))
+                    model_trace = model.get_trace(**workspace.data)
                 return per_datum(model_trace) - per_datum(trace)
 
-            rows.append(
-                Batched(one, fit.workspace.chunk, random=True)(torch.zeros(num_draws)).double()
-            )
+            many = Batched(one, workspace.chunk, random=True)
+            rows.append(many(torch.zeros(num_draws)).double())
     weights = torch.stack(rows).numpy()  # (repetitions, draws, n)
-    found = [pareto_k(weights[:, :, i]) for i in range(n)]
+    found = [pareto_k(weights[:, :, i]) for i in range(frame.size)]
     return LocalParetoK(
         frame.name,
         sites,
@@ -162,10 +177,12 @@ def local_psis(
     )
 
 
-def _check_that_locals_move(fit: Any, globals_only: Any, sites: list[str], plate: str) -> None:
-    """Given the guide's globals its locals must still be drawn, each in the plate."""
-    replayed = poutine.trace(poutine.replay(fit.guide, trace=globals_only))
-    first, second = (replayed.get_trace(**fit.workspace.data).nodes for _ in range(2))
+def _check_that_locals_move(
+    workspace: Workspace, globals_only: Any, sites: list[str], plate: str
+) -> None:
+    """Raise ValueError if the guide's global latents already determine the local ones."""
+    replayed = poutine.trace(poutine.replay(workspace.guide, trace=globals_only))
+    first, second = (replayed.get_trace(**workspace.data).nodes for _ in range(2))
     for name in sites:
         if torch.equal(first[name]["value"], second[name]["value"]):
             raise ValueError(
@@ -182,10 +199,10 @@ def _in_plate(trace: Any, plate: str) -> list[str]:
     ]
 
 
-def _frame(fit: Any, plate: str | None) -> Any:
+def _frame(workspace: Workspace, plate: str | None) -> Any:
     frames = {
         f.name: f
-        for site in latent_sites(fit.workspace.model_trace).values()
+        for site in latent_sites(workspace.model_trace).values()
         for f in site["cond_indep_stack"]
         if f.dim is not None
     }
@@ -194,7 +211,7 @@ def _frame(fit: Any, plate: str | None) -> Any:
     if plate not in frames:
         there = ", ".join(map(repr, frames)) or "none"
         raise ValueError(
-            f"which plate? Those with latents in them: {there}"
+            f"which plate? The plates with latents in them are: {there}"
             if plate is None
             else f"no latent is in a plate {plate!r}; plates with latents in them: {there}"
         )

@@ -1,31 +1,32 @@
-"""Modes of the posterior that a fit does not cover: what no weights of its own draws can show."""
+"""Modes of the posterior that a fit does not cover, which its own draws cannot show."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from vi_toolkit.deterministic.modes import DENSE, Mode, find_modes
 from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.programs.joint import Joint
+from vi_toolkit.result import Fit
 
-BARRIER = 5.0  # nats that the density must fall on the way there: else it is the same mode
-SHARE = 0.05  # of the posterior's mass, from which a missed mode is worth a word
-STEPS = 60  # points on the way
+BARRIER = 5.0  # nats by which the density must fall between two points in different modes
+SHARE = 0.05  # smallest share of the posterior's mass that is reported
+POINTS = 60  # on the line between two points, where the density is evaluated
 
 
 @dataclass(frozen=True)
 class MissedMode:
-    """A mode with mass, where the guide never goes.
+    """A mode that holds mass and from which the guide draws nothing.
 
     Attributes:
         location: scalar name -> value on the unconstrained scale.
-        share: of the posterior mass of this mode and the fit together, by Laplace's method.
-        furthest: the scalar that is furthest from the guide, in the guide's sds.
-        distance: how far.
+        share: this mode's share of the mass of itself and the fit, by Laplace's method.
+        furthest: name of the scalar that is furthest from the guide's mean, in the guide's sds.
+        distance: that distance, in the guide's sds.
     """
 
     location: dict[str, float]
@@ -35,6 +36,7 @@ class MissedMode:
 
     @property
     def meaning(self) -> str:
+        """The result in one sentence."""
         return (
             f"another mode, at {self.furthest} = {self.location[self.furthest]:.3g} "
             f"({self.distance:.0f} sds of the guide away), has about {self.share:.0%} of the mass"
@@ -42,25 +44,26 @@ class MissedMode:
 
 
 def missed_modes(
-    fit: Any, log_mass: float | None = None, starts: int = 32, seed: int = 0
+    fit: Fit, log_mass: float | None = None, starts: int = 32, seed: int = 0
 ) -> list[MissedMode]:
     r"""Other modes that hold more than 5 % of the mass, the heaviest first.
 
-    Importance weights of draws from the guide, or from around it, know nothing of a place where no
-    draw falls. So modes of the log joint density are looked for from many starts (prior draws and
-    wide boxes); one counts as missed if the density falls by more than 5 nats on the straight way
-    from the nearest of the guide's better draws. Its mass is Laplace's,
+    Importance weights of draws from the guide, or from around it, say nothing of places that no
+    draw visits. This function therefore looks for modes of the log joint density from many starts
+    (prior draws and wide boxes). A mode counts as missed if the density falls by more than 5 nats
+    on the straight line to it from the nearest of the guide's better draws. Its mass is
+    approximated by Laplace's method,
 
     .. math:: \log Z_j \approx \log p(x, u_j) + \tfrac d2 \log 2\pi - \tfrac12 \log \det \Lambda_j
 
-    with :math:`\Lambda_j` minus the Hessian there. Nothing is promised: a mode that no start
-    reaches is not found, and beyond 300 latents none is looked for.
+    where :math:`\Lambda_j` is minus the Hessian there. An empty list proves nothing: the search may
+    miss modes, and with more than 300 latents there is no search.
 
     Args:
         fit: a :class:`~vi_toolkit.Fit` without discrete latents.
-        log_mass: log evidence of what the fit covers, in nats; its ELBO if None.
+        log_mass: log of the mass that the fit covers, in nats; its ELBO if None.
         starts: number of starts.
-        seed: of the starts; others than those that the fit began with.
+        seed: of the starts, which differ from those of the fit itself.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, vi_toolkit as vi
@@ -80,7 +83,8 @@ def missed_modes(
         log_mass = fit.elbo_estimate()[0]
     with fit.workspace.isolated(seeded_state(fit.derived_seed(seed, 5))):
         density = joint.log_densities(draws)
-        inside = draws[density >= density.nanmedian()]  # a draw in the tail is half over a barrier
+        # A draw in the tail may already be part of the way over a barrier.
+        inside = draws[density >= density.nanmedian()]
         modes = find_modes(joint, starts, seed + 1)
         found = []
         for mode in modes:
@@ -95,10 +99,10 @@ def missed_modes(
     return sorted(found, key=lambda m: -m.share)
 
 
-def _behind_a_barrier(joint: Any, mode: Mode, draws: torch.Tensor, tril: torch.Tensor) -> bool:
+def _behind_a_barrier(joint: Joint, mode: Mode, draws: torch.Tensor, tril: torch.Tensor) -> bool:
     distance = ((draws - mode.location) @ tril).norm(dim=-1)
     nearest = draws[distance.argmin()]
-    t = torch.linspace(0, 1, STEPS, dtype=draws.dtype)[:, None]
+    t = torch.linspace(0, 1, POINTS, dtype=draws.dtype)[:, None]
     density = joint.log_densities(nearest + t * (mode.location - nearest))
     lowest = density.nan_to_num(nan=-math.inf).min()
     return bool(lowest < torch.minimum(density[0], density[-1]) - BARRIER)

@@ -1,24 +1,34 @@
-"""Posterior predictive checks: does the fitted model make data like the data?"""
+"""Posterior predictive checks: does the fitted model generate data like the observed data?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import scipy.stats
+from matplotlib.axes import Axes
 from scipy.special import logsumexp
 
 from vi_toolkit.diagnostics.pareto import USABLE, smoothed, smoothed_with_shape
+from vi_toolkit.figures import (
+    COLOURS,
+    LIMIT,
+    REFERENCE,
+    REFERENCE_CORE,
+    STYLE,
+    Figure,
+    hide_y_axis,
+)
 from vi_toolkit.programs.sites import observed_sites
-
-if TYPE_CHECKING:
-    from vi_toolkit.figures import Figure
+from vi_toolkit.result import Fit
 
 NEARLY_ALL = 0.9  # of the draws
-LEVEL = 0.05  # chance of a false alarm, all checks together
+LEVEL = 0.05  # probability of a false alarm, over all checks together
+CURVES = 50  # replicated data sets in the figure
 STATISTICS: dict[str, Callable[[np.ndarray], Any]] = {
     "mean": np.mean,
     "sd": np.std,
@@ -32,23 +42,24 @@ class PredictiveCheck:
     """What :func:`predictive_check` found for one observed site with n data.
 
     Attributes:
-        site: the observed site.
-        table: a row per statistic T: its value at the data, mean and sd at replicated data, and
-            ``p value``, P(T(replicated) > T(data)) with half of the ties.
+        site: name of the observed site.
+        table: a row per statistic T, with its value at the data, mean and sd at replicated data,
+            and ``p value``, P(T(replicated) > T(data)) plus half of the probability of a tie.
         statistic_values: statistic -> its values at the replicated data, (draws,).
         observed: the data, (n,).
-        replicated: (draws, n).
-        pit: leave-one-out probability integral transform of every datum, (n,), uniform if the model
-            is right (discrete data randomised); None where a datum is a vector.
+        replicated: replicated data, (draws, n).
+        pit: leave-one-out probability integral transform of each datum, (n,), which is uniform if
+            the model is right (randomised for discrete data). None if a datum is a vector or
+            binary.
         probability: leave-one-out P(y = 1) of binary data, (n,); else None.
-        calibration_p_value: that ``pit`` is uniform (Kolmogorov and Smirnov) or ``probability``
-            calibrated (Spiegelhalter).
+        calibration_p_value: p value of the hypothesis that ``pit`` is uniform (Kolmogorov and
+            Smirnov) or that ``probability`` is calibrated (Spiegelhalter).
         elpd_loo, elpd_loo_se: expected log predictive density of left-out data, in nats, summed.
         p_loo: effective number of parameters.
-        pareto_k: of every datum's weights, (n,).
-        effective_fraction: effective share of the draws for every datum, (n,). With k-hat of 0.7 or
-            more and less than 0.9 of the draws (nearly constant weights have no tail to speak of),
-            the datum's part of ``elpd_loo``, ``pit`` and ``probability`` means nothing.
+        pareto_k: k-hat of each datum's weights, (n,).
+        effective_fraction: effective sample size over the number of draws for each datum, (n,). If
+            k-hat is 0.7 or more and this is below 0.9, the datum's terms in ``elpd_loo``, ``pit``
+            and ``probability`` mean nothing. (Nearly constant weights have no tail to speak of.)
     """
 
     site: str
@@ -72,7 +83,7 @@ class PredictiveCheck:
 
     @property
     def failed(self) -> list[str]:
-        """Checks that the model fails: two-sided p value below 0.05 over the number of checks."""
+        """Checks that the model fails, with a two-sided p value below 0.05 / number of checks."""
         tails = {name: 2 * min(p, 1 - p) for name, p in self.table["p value"].items()}
         if self.loo_reliable and np.isfinite(self.calibration_p_value):
             tails["calibration"] = self.calibration_p_value
@@ -85,7 +96,7 @@ class PredictiveCheck:
 
     @property
     def meaning(self) -> str:
-        """In plain words."""
+        """The result in a sentence or two."""
         if self.failed:
             parts = []
             for name in self.failed:
@@ -95,19 +106,19 @@ class PredictiveCheck:
                     continue
                 row = self.table.loc[name]
                 parts.append(
-                    f"the {name} of the data is {row['data']:.4g}, that of replicated data "
+                    f"the {name} of the data is {row['data']:.4g}, but that of replicated data is "
                     f"{row['replicated']:.4g} ± {row['replicated sd']:.2g}"
                 )
-            said = "the model does not make such data: " + "; ".join(parts)
+            said = "the model does not generate data like these: " + "; ".join(parts)
         else:
-            said = f"replicated data look like {self.site!r} by {', '.join(self.table.index)}"
+            said = f"replicated data look like {self.site!r} in {', '.join(self.table.index)}"
             if self.loo_reliable and np.isfinite(self.calibration_p_value):
                 said += ", and left-out data are predicted with the right uncertainty"
         off = int(self.lost.sum())
         if off:
             said += f". k-hat is 0.7 or more for {off} of {len(self.pareto_k)} data"
             said += (
-                ", whose part in leave-one-out is not known"
+                ", whose leave-one-out predictions cannot be used"
                 if self.loo_reliable
                 else ": leave-one-out says nothing here"
             )
@@ -123,35 +134,63 @@ class PredictiveCheck:
         return "\n".join(lines)
 
     def plot(self) -> Figure:
-        """Replicated data, test statistics, calibration and k-hat per datum."""
-        from vi_toolkit.figures import plot_predictive
-
-        return plot_predictive(self)
+        """Figure of replicated data, calibration, k-hat per datum, and the test statistics."""
+        statistics = list(self.table.index)[:4]
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(9, 5.2), layout="constrained")
+            rows: Any = figure.subfigures(2, 1)
+            first, second, third = rows[0].subplots(1, 3)
+            _draw_replicated(first, self)
+            _draw_calibration(second, self)
+            lost, data = self.lost, np.arange(len(self.pareto_k))
+            third.plot(data[~lost], self.pareto_k[~lost], ".", ms=3, color=COLOURS[0])
+            third.plot(data[lost], self.pareto_k[lost], ".", ms=5, color=COLOURS[1])
+            third.axhline(USABLE, **LIMIT)
+            third.set_title(f"k-hat of leaving one out: {int(lost.sum())} lost")
+            third.set_xlabel("datum")
+            grid = rows[1].subplots(1, max(len(statistics), 3))
+            for axes, name in zip(grid, statistics, strict=False):
+                row, values = self.table.loc[name], self.statistic_values[name]
+                low, high = np.quantile(values, (0.001, 0.999))
+                axes.hist(values[(values >= low) & (values <= high)], 30, color=REFERENCE_CORE)
+                axes.axvline(row["data"], color=COLOURS[1 if name in self.failed else 0], lw=1.8)
+                axes.set_title(f"{name}: p = {row['p value']:.3f}")
+                hide_y_axis(axes)
+            for axes in grid[len(statistics) :]:
+                axes.set_axis_off()
+            figure.suptitle(
+                f"{self.site}: data (colour) beside replicated data (grey)",
+                x=0.01, ha="left", fontsize=10.5,
+            )  # fmt: skip
+        return figure
 
 
 def predictive_check(
-    fit: Any,
+    fit: Fit,
     statistics: Mapping[str, Callable[[np.ndarray], Any]] | None = None,
     site: str | None = None,
     num_draws: int | None = None,
     seed: int = 0,
 ) -> PredictiveCheck:
-    r"""Compare data with what the fitted model predicts: Box's question, not the guide's error.
+    r"""Compare the data with data that the fitted model generates.
 
-    Test statistics are compared with those of replicated data. Calibration and predictive density
-    are those of left-out data, by Pareto-smoothed importance weights of draws from the guide q,
+    This asks whether the model is right (Box's question), not how good the guide is. Test
+    statistics of the data are compared with those of replicated data. Calibration and predictive
+    density are those of left-out data, by Pareto-smoothed importance weights of draws from the
+    guide q,
 
-    .. math:: w_i \propto \frac{p(x, z)}{q(z)\, p(x_i \mid z)},
+    .. math:: w_i \propto \frac{p(x, z)}{q(z)\, p(x_i \mid z)}.
 
-    which correct for the guide as well as for the datum: where they can be used (k-hat below 0.7),
-    the result is that of the posterior.
+    The weights correct for the guide as well as for the missing datum. Where they can be used
+    (k-hat below 0.7), the result is therefore that of the exact posterior.
 
     Args:
         fit: a :class:`~vi_toolkit.Fit` on full data.
-        statistics: name -> function of one set of data, an array of the site's shape; None for
-            mean, sd, minimum and maximum (of binary data, the mean).
-        site: the observed site, if there are several.
-        num_draws: of the posterior; None for 4,000, or fewer (at least 1,000) of more than 5,000 data.
+        statistics: name -> function of one data set, an array of the site's shape; None for mean,
+            sd, minimum and maximum (for binary data, the mean).
+        site: name of the observed site, if there are several.
+        num_draws: number of posterior draws; None for 4,000, or fewer (at least 1,000) if there are
+            more than 5,000 data.
         seed: of these draws.
 
     Raises:
@@ -178,7 +217,7 @@ def predictive_check(
     posterior, weights = fit.weighted_sample(num_draws, seed=seed)
     densities = fit.log_likelihood(draws=posterior)
     if site is None and len(densities) > 1:
-        raise ValueError(f"the model observes {', '.join(densities)}: say which with site=")
+        raise ValueError(f"the model observes {', '.join(densities)}: name one of them with site=")
     site = site or next(iter(densities))
     if site not in densities:
         raise ValueError(f"no observed site {site!r}; there are {', '.join(densities)}")
@@ -192,8 +231,7 @@ def predictive_check(
         statistics = {"mean": np.mean} if binary else STATISTICS
 
     log_w = weights.double().cpu().numpy()
-    leave_one_out = [smoothed_with_shape(log_w - column) for column in log_p.T]
-    w = np.stack([weight for weight, _, _ in leave_one_out])  # (n, draws)
+    w, k, fraction = smoothed_with_shape(log_w - log_p.T)  # w is (n, draws)
     with np.errstate(divide="ignore"):
         smooth = np.log(w)
     elpd = logsumexp(smooth + log_p.T, 1)
@@ -206,8 +244,8 @@ def predictive_check(
         probability = np.where(flat == 1, np.exp(elpd), -np.expm1(np.minimum(elpd, 0)))
         p_value = spiegelhalter(probability, flat)
     elif scalar:
-        y, made = observed.reshape(-1), replicated.reshape(num_draws, -1)
-        below, ties = (w.T * (made < y)).sum(0), (w.T * (made == y)).sum(0)
+        y, drawn = observed.reshape(-1), replicated.reshape(num_draws, -1)
+        below, ties = (w.T * (drawn < y)).sum(0), (w.T * (drawn == y)).sum(0)
         pit = below + np.random.default_rng(seed).uniform(size=len(y)) * ties
         p_value = float(scipy.stats.kstest(pit, "uniform").pvalue)
 
@@ -228,8 +266,8 @@ def predictive_check(
         elpd_loo=float(elpd.sum()),
         elpd_loo_se=float(np.sqrt(len(elpd) * elpd.var())),
         p_loo=float((lpd - elpd).sum()),
-        pareto_k=np.array([k for _, k, _ in leave_one_out]),
-        effective_fraction=np.array([fraction for _, _, fraction in leave_one_out]),
+        pareto_k=k,
+        effective_fraction=fraction,
     )
 
 
@@ -247,10 +285,10 @@ def _compared(at_data: dict[str, float], values: dict[str, np.ndarray]) -> pd.Da
 
 
 def spiegelhalter(probability: np.ndarray, y: np.ndarray) -> float:
-    r"""Two-sided p value that binary y (n,) have these probabilities (n,).
+    r"""Two-sided p value of the hypothesis that binary y (n,) have these probabilities (n,).
 
-    The Brier score :math:`\sum (y - p)^2` less its expectation, over its sd, is about a standard
-    Normal.
+    Under it the Brier score :math:`\sum (y - p)^2`, minus its expectation and divided by its sd, is
+    approximately a standard Normal variable.
 
     Example:
         >>> p = np.full(1000, 0.9)
@@ -265,3 +303,43 @@ def spiegelhalter(probability: np.ndarray, y: np.ndarray) -> float:
         return float("nan")
     z = float(((y - probability) * lean).sum()) / np.sqrt(variance)
     return float(2 * scipy.stats.norm.sf(abs(z)))
+
+
+def _draw_replicated(axes: Axes, found: PredictiveCheck) -> None:
+    """Empirical distribution functions, which suit counts and need no bandwidth."""
+    n, shown = len(found.observed), found.replicated[:CURVES]
+    heights = (np.arange(n) + 0.5) / n
+    for y in shown:
+        axes.plot(np.sort(y), heights, drawstyle="steps", color=REFERENCE_CORE, lw=0.5, alpha=0.6)
+    axes.plot(np.sort(found.observed), heights, drawstyle="steps", color=COLOURS[0], lw=1.6)
+    low, high = np.quantile(np.concatenate([shown.ravel(), found.observed]), (0.002, 0.998))
+    low, high = min(low, found.observed.min()), max(high, found.observed.max())
+    margin = 0.05 * (high - low) or 1.0
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_title("Distribution function")
+    axes.set_xlabel(found.site)
+
+
+def _draw_calibration(axes: Axes, found: PredictiveCheck) -> None:
+    if found.probability is not None:
+        p, y = found.probability, found.observed
+        axes.plot([0, 1], [0, 1], color="#AAAAAA", lw=0.8)
+        groups = np.array_split(np.argsort(p, kind="stable"), min(10, max(2, len(p) // 10)))
+        mean = np.array([p[g].mean() for g in groups])
+        frequency = np.array([y[g].mean() for g in groups])
+        se = np.array([np.sqrt((p[g] * (1 - p[g])).sum()) / len(g) for g in groups])
+        axes.errorbar(mean, frequency, yerr=2 * se, fmt="o", ms=4, lw=1, color=COLOURS[0])
+        axes.set_xlabel("predicted, left out")
+        axes.set_ylabel("observed frequency")
+    elif found.pit is not None:
+        bins = min(20, max(5, len(found.pit) // 10))
+        axes.hist(found.pit, np.linspace(0, 1, bins + 1).tolist(), color=COLOURS[0])
+        expected = len(found.pit) / bins
+        spread = 2 * np.sqrt(expected * (1 - 1 / bins))
+        axes.axhspan(max(expected - spread, 0), expected + spread, color=REFERENCE, lw=0, zorder=0)
+        axes.set_xlabel("PIT, left out")
+        axes.set_yticks([])
+    else:
+        axes.set_axis_off()
+        return
+    axes.set_title(f"Calibration: p = {found.calibration_p_value:.3f}")

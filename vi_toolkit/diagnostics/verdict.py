@@ -1,11 +1,12 @@
-"""The ladder of diagnostics and its one verdict."""
+"""The diagnostics in order, and the one verdict that they give."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 
@@ -14,17 +15,25 @@ from vi_toolkit.diagnostics.bounds import ErrorBounds, bounds_of
 from vi_toolkit.diagnostics.chains import WarmChains, warm_chains
 from vi_toolkit.diagnostics.convergence import Convergence, convergence
 from vi_toolkit.diagnostics.evidence import Evidence, evidence_of
-from vi_toolkit.diagnostics.importance import ImportanceMoments, moments_of, weighted_draws
+from vi_toolkit.diagnostics.importance import (
+    ImportanceMoments,
+    draws_from_guide,
+    draws_from_t,
+    moments_of,
+)
 from vi_toolkit.diagnostics.linear_response import LinearResponse, linear_response
 from vi_toolkit.diagnostics.missed_modes import MissedMode, missed_modes
 from vi_toolkit.diagnostics.pareto import ParetoK
+from vi_toolkit.figures import COLOURS, MOST_SCALARS, REFERENCE, STYLE, Figure, wrapped
+from vi_toolkit.result import Fit
 
-if TYPE_CHECKING:
-    from vi_toolkit.figures import Figure
+Moments = ImportanceMoments | WarmChains
 
-REPETITIONS = 8  # sets of draws, from whose spread standard errors come
+REPETITIONS = 8  # sets of draws, whose spread gives the standard errors
 RICHER = "vi.suggest_guide(fit) fits richer guides and says which one helps, and by how much."
 MOST_FOR_COVARIANCE = 400  # latents up to which a proposal with a full covariance is tried
+PARETO_NUMBERS = ("k", "k_se", "effective_fraction", "sd_log_weight", "unseen", "num_draws")
+EVIDENCE_NUMBERS = ("log_evidence", "log_evidence_se", "elbo", "elbo_se", "gap", "gap_se")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,18 +42,18 @@ class Diagnosis:
 
     Attributes:
         verdict: "trust", "trust the means only" or "do not trust".
-        reasons: sentences behind it.
+        reasons: sentences behind the verdict.
         next_steps: what to do, the most promising first.
-        convergence: the first rung.
-        pareto_k: of the guide's own weights; None if the ladder ended before.
-        linear_response: of a mean-field guide by the deterministic method, else None.
-        moments: reliable posterior moments, by importance sampling or by the chains; None where
+        convergence: of the optimiser.
+        pareto_k: of the guide's own weights; None if the fit has not converged.
+        linear_response: of a deterministic mean-field fit, else None.
+        moments: reliable posterior moments, by importance sampling or by the chains; None if
             neither gave any.
         table: a row per scalar with the guide's mean and sd beside these moments'; None likewise.
-        evidence: log evidence and its gap to the ELBO, where importance sampling gave them.
-        bounds: on the error of every mean and sd, where the guide's own weights can be used.
-        chains: short chains from the guide, where importance sampling could not decide.
-        missed: other modes that hold mass; found by chance, so that none is no proof.
+        evidence: log evidence and its gap to the ELBO, if the moments are by importance sampling.
+        bounds: on the error of every mean and sd, if the guide's own weights can be used.
+        missed: other modes that hold mass. The search may miss some.
+        chains: short chains from the guide, if importance sampling could not decide.
     """
 
     verdict: str
@@ -53,7 +62,7 @@ class Diagnosis:
     convergence: Convergence
     pareto_k: ParetoK | None = None
     linear_response: LinearResponse | None = None
-    moments: ImportanceMoments | WarmChains | None = None
+    moments: Moments | None = None
     table: pd.DataFrame | None = None
     evidence: Evidence | None = None
     bounds: ErrorBounds | None = None
@@ -87,67 +96,99 @@ class Diagnosis:
             "next_steps": self.next_steps,
             "converged": bool(self.convergence.converged),
             "monte_carlo_error": float(self.convergence.monte_carlo_error),
+            "missed_modes": [{"share": m.share, "location": m.location} for m in self.missed],
         }
         if self.pareto_k is not None:
-            out["pareto_k"] = {
-                key: getattr(self.pareto_k, key)
-                for key in (
-                    "k", "k_se", "effective_fraction", "sd_log_weight", "unseen", "draws"
-                )
-            }  # fmt: skip
+            out["pareto_k"] = {name: getattr(self.pareto_k, name) for name in PARETO_NUMBERS}
         if self.moments is not None:
-            out["moments_by"] = _by(self.moments)
-        out["missed_modes"] = [
-            {"share": mode.share, "location": mode.location} for mode in self.missed
-        ]
+            out["moments_by"] = _method(self.moments)
         if self.evidence is not None:
-            for key in ("log_evidence", "log_evidence_se", "elbo", "elbo_se", "gap", "gap_se"):
-                out[key] = getattr(self.evidence, key)
+            out |= {name: getattr(self.evidence, name) for name in EVIDENCE_NUMBERS}
         if self.table is not None:
             out["scalars"] = self.table.to_dict("index")
         return out
 
     def plot(self) -> Figure:
-        """One page: errors of means and sds per scalar, and the verdict."""
-        from vi_toolkit.figures import plot_diagnosis
-
-        return plot_diagnosis(self)
+        """Figure with the error of every mean and sd, the limits, and the verdict's reasons."""
+        table = self.table
+        with matplotlib.rc_context(STYLE):
+            rows = 0 if table is None else min(len(table), MOST_SCALARS)
+            figure = Figure(figsize=(9, 1.8 + 0.22 * max(rows, 4)), layout="constrained")
+            figure.suptitle(f"Verdict: {self.verdict}", x=0.01, ha="left", fontsize=13)
+            if table is None:
+                axes = figure.subplots()
+                axes.axis("off")
+                text = wrapped([*self.reasons, "", *self.next_steps])
+                axes.text(0, 1, text, va="top", fontsize=9)
+                return figure
+            size = table["mean error"].abs() + np.log(table["sd ratio"]).abs()
+            shown = table.loc[size.sort_values(ascending=False).index[:rows]].iloc[::-1]
+            heights = np.arange(rows)
+            left, right = figure.subplots(1, 2, sharey=True)
+            for axes, column, label, ideal in (
+                (left, "mean error", "error of the mean (posterior sds)", 0.0),
+                (right, "sd ratio", "sd, VI / posterior", 1.0),
+            ):
+                value = shown[column]
+                error = shown[f"{column.replace(' ', '_')}_se"]
+                ok = shown[f"{column.split()[0]} ok"].to_numpy()
+                axes.axvspan(ideal - 0.05, ideal + 0.05, color=REFERENCE, lw=0)
+                for pick, colour, legend in (
+                    (ok, COLOURS[0], "within the limits"),
+                    (~ok, COLOURS[1], "off"),
+                ):
+                    if pick.any():
+                        axes.errorbar(value[pick], heights[pick], xerr=2 * error[pick], fmt="o",
+                                      ms=4, lw=1, color=colour, label=legend)  # fmt: skip
+                axes.set_xlabel(label)
+                axes.margins(x=0.1)
+            left.set_yticks(heights, shown.index)
+            few = f"{rows} scalar{'s' * (rows > 1)}"
+            left.set_title(few if rows == len(table) else f"{rows} worst of {len(table)}")
+            k = self.pareto_k
+            if k is not None:
+                right.set_title(f"k-hat of the guide {k.k:.2f} ± {k.k_se:.2f}")
+            right.legend(frameon=False, fontsize=8)
+            figure.supxlabel(wrapped(self.reasons), x=0.01, ha="left", fontsize=9)
+        return figure
 
 
 def diagnose(
-    fit: Any,
+    fit: Fit,
     mean_tolerance: float = 0.05,
     sd_tolerance: float = 0.05,
     num_draws: int | None = None,
     seed: int = 0,
     chains: bool = True,
 ) -> Diagnosis:
-    """Whether to believe a fit, from the fit, the model and the data alone.
+    """Judge a fit from the fit, the model and the data alone.
 
-    The ladder, each rung standing on the one before:
+    The diagnostics run in this order, and each relies on the ones before:
 
-    1. Has the optimiser arrived? If not, nothing else matters.
-    2. The guide's own importance weights: Pareto k-hat and the mass that they leave unseen.
-    3. A second, wider proposal around the guide: a multivariate t whose covariance is the linear
-       response of a mean-field guide, or the guide's own. If the evidence seen from there is
-       larger, the guide leaves out mass.
-    4. Where neither proposal's weights are reliable, as in some 50 dimensions and more, many
-       short chains from the guide's draws (:func:`~vi_toolkit.warm_chains`): do they stay?
-    5. Where one of these is reliable, the posterior means and sds that it found, and the guide's
-       beside them, held to the limits of :func:`~vi_toolkit.compare`.
-    6. Other modes, looked for from new starts (:func:`~vi_toolkit.missed_modes`): the only rung
-       that sees mass far from where the fit is, and it may miss some.
+    1. Has the optimiser converged? If not, the rest is skipped.
+    2. Importance weights of draws from the guide: Pareto k-hat and the mass that they do not see.
+    3. Importance weights of a second, wider proposal: a multivariate t around the guide's mean,
+       whose covariance is the linear response of a mean-field guide, or else the guide's own. If it
+       finds a larger evidence, the guide leaves out mass.
+    4. If neither proposal has reliable weights, as is common beyond some 50 dimensions: many short
+       chains from draws of the guide, whose distribution changes if the guide is wrong
+       (:func:`~vi_toolkit.warm_chains`).
+    5. If one of these is reliable: its posterior means and sds. The guide's means and sds must
+       agree with them within the limits of :func:`~vi_toolkit.compare`.
+    6. Other modes, found from new starts (:func:`~vi_toolkit.missed_modes`). Only this step sees
+       mass that is far from the fit, and it may miss some.
 
-    If nothing is reliable, nothing confirms the fit, and the verdict is "do not trust" even though
-    it may be right.
+    If no moments are reliable, nothing confirms the fit. The verdict is then "do not trust", even
+    though the fit may be right.
 
     Args:
         fit: a :class:`~vi_toolkit.Fit`.
         mean_tolerance: largest error of a mean, in posterior sds.
         sd_tolerance: largest relative error of an sd.
-        num_draws: per set of importance draws; None for as many as is cheap.
+        num_draws: number of draws in each set of importance draws; None for as many as are cheap.
         seed: of the draws.
-        chains: False to leave out the chains, which take longest (seconds to a minute or two).
+        chains: whether to run the chains if they are needed. They take longest: seconds to a minute
+            or two.
 
     Returns:
         A :class:`Diagnosis`: ``verdict``, ``reasons``, ``next_steps``, a table, ``.plot()``.
@@ -165,23 +206,24 @@ def diagnose(
         >>> def model():
         ...     pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril))
         >>> fit = vi.fit(model, AutoNormal, {}, progress=False)
-        >>> vi.diagnose(fit, draws=10_000).verdict
+        >>> vi.diagnose(fit, num_draws=10_000).verdict
         'trust the means only'
     """
     if fit.guide_family == "point":
         raise ValueError("a point estimate has no uncertainty to diagnose: fit another guide")
-    arrived = convergence(fit)
-    if not arrived.converged:
+    optimiser = convergence(fit)
+    if not optimiser.converged:
         step = (
-            "fit.extend() solves again with more draws"
+            "Call fit.extend() to solve again with more draws."
             if fit.method == "deterministic"
-            else "fit.extend(steps) goes on; a smaller first step or a simpler guide may be needed"
+            else "Call fit.extend(steps) to go on. The fit may need a smaller first step size or a "
+            "simpler guide."
         )
-        reasons = ["The fit has not converged.", arrived.meaning]
-        return Diagnosis(DO_NOT_TRUST, reasons, [step], arrived)
+        reasons = ["The fit has not converged.", optimiser.meaning]
+        return Diagnosis(DO_NOT_TRUST, reasons, [step], optimiser)
 
-    sample = weighted_draws(fit, None, num_draws, REPETITIONS, seed)
-    own = moments_of(fit, sample, "guide")
+    guide_draws = draws_from_guide(fit, num_draws, REPETITIONS, seed)
+    own = moments_of(fit, guide_draws, "guide")
     response = None
     if fit.guide_family == "mean-field" and fit.method == "deterministic":
         response = linear_response(fit)
@@ -189,96 +231,65 @@ def diagnose(
     if fit.joint.dim <= MOST_FOR_COVARIANCE:
         covariance = _covariance(fit, response)
         if covariance is not None:
-            wider = weighted_draws(fit, covariance, num_draws, REPETITIONS, seed)
-            wide = moments_of(fit, wider, "multivariate t")
-    weighted = [m for m in (wide, own) if m is not None and m.pareto_k.reliable]
-    missed = missed_modes(fit, weighted[0].log_evidence if weighted else None, seed=seed)
-    reasons, next_steps = [], []
+            wide_draws = draws_from_t(fit, covariance, num_draws, REPETITIONS, seed)
+            wide = moments_of(fit, wide_draws, "multivariate t")
+    weighted = next((m for m in (wide, own) if m is not None and m.pareto_k.reliable), None)
+    missed = missed_modes(fit, weighted.log_evidence if weighted else None, seed=seed)
+    short = warm_chains(fit, covariance, seed) if chains and weighted is None else None
+    moments: Moments | None = weighted
+    if moments is None and short is not None and short.reliable:
+        moments = short
+
+    reasons = []
     if missed:
-        reasons.append(f"It is not the whole posterior: {missed[0].meaning}.")
-    run = None if weighted or not chains else warm_chains(fit, covariance, seed)
-    moments: ImportanceMoments | WarmChains
-    if weighted:
-        moments = weighted[0]
-    elif run is not None and run.reliable:
-        moments = run
-    else:
-        reasons.append(f"Nothing confirms it: of the guide's weights {own.pareto_k.fault}.")
-        if wide is not None:
-            reasons.append(f"Nor does a wider proposal: {wide.pareto_k.fault}.")
-        if run is not None:
-            reasons.append(_astray(run))
-        next_steps = _unconfirmed(fit, response)
+        reasons.append(f"The fit is not the whole posterior: {missed[0].meaning}.")
+    if moments is None:
         return Diagnosis(
             DO_NOT_TRUST,
-            reasons,
-            next_steps,
-            arrived,
+            reasons + _why_unconfirmed(own, wide, short),
+            _steps_if_unconfirmed(response),
+            optimiser,
             own.pareto_k,
             response,
             missed=missed,
-            chains=run,
+            chains=short,
         )
     table = _table(fit, moments, mean_tolerance, sd_tolerance)
-    errors = table["mean error"]
-    ratios = table["sd ratio"]
-    means_right, sds_right = bool(table["mean ok"].all()), bool(table["sd ok"].all())
-    worst = errors.abs().idxmax()
-    off = int((~table["mean ok"]).sum())
-    reasons.append(
-        f"Every mean agrees with {_by(moments)}: the largest error is "
-        f"{errors[worst]:+.3f} sd ({worst})."
-        if means_right
-        else f"By {_by(moments)} {off} of {len(table)} means are off, {worst} by "
-        f"{errors[worst]:+.3f} sd."
-    )
-    narrow = (ratios.map(math.log)).abs().idxmax()
-    reasons.append(
-        f"Every sd agrees: the ratio furthest from 1 is {ratios[narrow]:.3f} ({narrow})."
-        if sds_right
-        else f"{int((~table['sd ok']).sum())} of {len(table)} sds are off: that of {narrow} is "
-        f"{ratios[narrow]:.3f} of what it should be."
-    )
-    verdict = TRUST if means_right and sds_right else MEANS_ONLY if means_right else DO_NOT_TRUST
-    if verdict != TRUST:
-        next_steps = _corrections(fit, response, moments)
+    agreement = _agreement(table, moments)
+    verdict, next_steps = TRUST, []
+    if not (table["mean ok"].all() and table["sd ok"].all()):
+        verdict = MEANS_ONLY if table["mean ok"].all() else DO_NOT_TRUST
+        next_steps = _corrections(response, moments)
     if missed:
         verdict = DO_NOT_TRUST
-        reasons[1:] = [f"Within its own mode: {r[0].lower()}{r[1:]}" for r in reasons[1:]]
+        agreement = [f"Within its own mode: {r[0].lower()}{r[1:]}" for r in agreement]
         next_steps = [
-            "If a symmetry of the model (signs, labels) makes the modes, break it by a constraint, "
-            "or use only what is the same in all of them; else use MCMC from many starts."
+            "If a symmetry of the model (of signs or labels) makes the modes, break it by a "
+            "constraint, or use only quantities that are the same in all of them; otherwise use "
+            "MCMC from many starts."
         ]
     return Diagnosis(
         verdict,
-        reasons,
+        reasons + agreement,
         next_steps,
-        arrived,
+        optimiser,
         own.pareto_k,
         response,
         moments,
         table,
-        evidence_of(moments, sample) if isinstance(moments, ImportanceMoments) else None,
-        bounds_of(fit, sample) if own.pareto_k.reliable else None,
+        evidence_of(weighted, guide_draws) if weighted else None,
+        bounds_of(fit, guide_draws) if own.pareto_k.reliable else None,
         missed,
-        run,
+        short,
     )
 
 
-def _by(moments: ImportanceMoments | WarmChains) -> str:
+def _method(moments: Moments) -> str:
     return "importance sampling" if isinstance(moments, ImportanceMoments) else "short chains"
 
 
-def _astray(run: WarmChains) -> str:
-    """What chains that did not arrive show all the same, and as no more than that."""
-    far = int(np.abs(run.moved).argmax())
-    return (
-        f"Nor do {run.chains} short chains from its draws: {run.faults[0]}; the mean of "
-        f"{run.names[far]} has moved by {run.moved[far]:+.2f} sd so far."
-    )
-
-
-def _covariance(fit: Any, response: LinearResponse | None) -> np.ndarray | None:
+def _covariance(fit: Fit, response: LinearResponse | None) -> np.ndarray | None:
+    """Covariance of the wider proposal, (d, d); None if it is not positive definite."""
     if response is not None and response.optimum:
         covariance = response.covariance
     else:
@@ -291,14 +302,14 @@ def _covariance(fit: Any, response: LinearResponse | None) -> np.ndarray | None:
     return covariance
 
 
-def _table(
-    fit: Any, moments: ImportanceMoments | WarmChains, mean_limit: float, sd_limit: float
-) -> Any:
+def _table(fit: Fit, moments: Moments, mean_tolerance: float, sd_tolerance: float) -> pd.DataFrame:
     u = fit.joint.flatten(fit.sample(100_000, seed=2)).double()
     mean, sd = u.mean(0).numpy(), u.std(0).numpy()
     error = (mean - moments.mean) / moments.sd
     error_se = moments.mean_se / moments.sd
     ratio, ratio_se = sd / moments.sd, moments.sd_se / moments.sd
+    mean_limit = np.maximum(mean_tolerance, STANDARD_ERRORS * error_se)
+    sd_limit = np.maximum(math.log1p(sd_tolerance), STANDARD_ERRORS * ratio_se)
     return pd.DataFrame(
         {
             "posterior mean": moments.mean,
@@ -309,41 +320,76 @@ def _table(
             "mean_error_se": error_se,
             "sd ratio": ratio,
             "sd_ratio_se": ratio_se,
-            "mean ok": np.abs(error) <= np.maximum(mean_limit, STANDARD_ERRORS * error_se),
-            "sd ok": np.abs(np.log(ratio))
-            <= np.maximum(math.log1p(sd_limit), STANDARD_ERRORS * ratio_se),
+            "mean ok": np.abs(error) <= mean_limit,
+            "sd ok": np.abs(np.log(ratio)) <= sd_limit,
         },
         index=pd.Index(moments.names, name="scalar"),
     )
 
 
-def _unconfirmed(fit: Any, response: LinearResponse | None) -> list[str]:
+def _agreement(table: pd.DataFrame, moments: Moments) -> list[str]:
+    """Sentences that say whether the guide's means and sds are right."""
+    errors, ratios = table["mean error"], table["sd ratio"]
+    worst, furthest = errors.abs().idxmax(), np.log(ratios).abs().idxmax()
+    off = {kind: int((~table[f"{kind} ok"]).sum()) for kind in ("mean", "sd")}
+    means = (
+        f"According to {_method(moments)}, {off['mean']} of {len(table)} means are off; the "
+        f"largest error is {errors[worst]:+.3f} sd ({worst})."
+        if off["mean"]
+        else f"Every mean agrees with {_method(moments)}: the largest error is "
+        f"{errors[worst]:+.3f} sd ({worst})."
+    )
+    sds = (
+        f"{off['sd']} of {len(table)} sds are off: that of {furthest} is "
+        f"{ratios[furthest]:.3f} of what it should be."
+        if off["sd"]
+        else f"Every sd agrees: the ratio furthest from 1 is {ratios[furthest]:.3f} ({furthest})."
+    )
+    return [means, sds]
+
+
+def _why_unconfirmed(
+    own: ImportanceMoments, wide: ImportanceMoments | None, short: WarmChains | None
+) -> list[str]:
+    reasons = [
+        "Nothing confirms the fit. Importance weights of draws from the guide cannot be used: "
+        f"{own.pareto_k.fault}."
+    ]
+    if wide is not None:
+        reasons.append(f"Those of a wider proposal cannot be used either: {wide.pareto_k.fault}.")
+    if short is not None:
+        far = int(np.abs(short.moved).argmax())
+        reasons.append(
+            f"Nor can {short.num_chains} short chains from draws of the guide: {short.faults[0]}. "
+            f"So far, the mean of {short.names[far]} has moved by {short.moved[far]:+.2f} sd."
+        )
+    return reasons
+
+
+def _steps_if_unconfirmed(response: LinearResponse | None) -> list[str]:
     steps = [RICHER]
     if response is not None and response.optimum:
         low = float((response.guide_sd / response.sd).min())
         steps.append(
-            f"If you need no more than means, note that linear response finds the narrowest sd "
-            f"{low:.2f} of what it should be."
+            "If you need only the means, note that according to linear response the narrowest sd "
+            f"is {low:.2f} of what it should be."
         )
-    steps.append(
+    return [
+        *steps,
         "Write hierarchical scales non-centred (z ~ Normal(0, 1), theta = mu + tau z): a funnel is "
-        "the usual reason."
-    )
-    steps.append("Run NUTS (vi.Reference.nuts) and compare, if the answer matters.")
-    return steps
+        "the usual cause.",
+        "Run NUTS (vi.Reference.nuts) and compare, if the answer matters.",
+    ]
 
 
-def _corrections(
-    fit: Any, response: LinearResponse | None, moments: ImportanceMoments | WarmChains
-) -> list[str]:
+def _corrections(response: LinearResponse | None, moments: Moments) -> list[str]:
     steps = []
     if response is not None and response.optimum:
-        ratio = response.sd / moments.sd
+        ratio, guide_ratio = response.sd / moments.sd, response.guide_sd / moments.sd
         steps.append(
             f"Take the sds of vi.linear_response(fit): they are {ratio.min():.2f} to "
-            f"{ratio.max():.2f} of the posterior's, the guide's "
-            f"{(response.guide_sd / moments.sd).min():.2f} to "
-            f"{(response.guide_sd / moments.sd).max():.2f}."
+            f"{ratio.max():.2f} times the posterior's, while the guide's sds are "
+            f"{guide_ratio.min():.2f} to {guide_ratio.max():.2f} times the posterior's."
         )
     steps.append("Take posterior moments from this diagnosis: .moments.mean and .moments.sd.")
     steps.append(RICHER)

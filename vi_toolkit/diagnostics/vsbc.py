@@ -1,35 +1,33 @@
-"""Variational simulation-based calibration: is the fit biased on data the model itself makes?"""
+"""Variational simulation-based calibration: bias of the fit on data that the model simulates."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
-import pyro.poutine as poutine
 import scipy.stats
 import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from tqdm.auto import tqdm
 
-from vi_toolkit.deterministic.replications import fit_replications
-from vi_toolkit.errors import ConvergenceWarning, PreflightError
+from vi_toolkit.deterministic.replications import Replicated, fit_replications
+from vi_toolkit.diagnostics.prior_predictive import PriorPredictive, Replication
+from vi_toolkit.errors import ConvergenceWarning
+from vi_toolkit.figures import COLOURS, INK, STYLE, Figure, hide_y_axis
 from vi_toolkit.fitting import fit
 from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
 from vi_toolkit.programs.joint import Joint
-from vi_toolkit.programs.sites import latent_sites, observed_sites
 from vi_toolkit.programs.vectorise import BAD_POINT
+from vi_toolkit.programs.workspace import cast
 
-if TYPE_CHECKING:
-    from vi_toolkit.figures import Figure
-
-Replication = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
-
-LEVEL = 0.05  # chance of a false alarm, all scalars together
-DRAWS = 2_000  # per fit, where the guide's distribution function is not known
+LEVEL = 0.05  # probability of a false alarm, over all scalars together
+NUM_DRAWS = 2_000  # per fit, if the guide's distribution function is not known
+MOST_HISTOGRAMS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +35,11 @@ class VSBC:
     """What :func:`vsbc` found, per scalar on the unconstrained scale.
 
     Attributes:
-        names: of the scalars, (d,).
-        p: q(u < true u) in every replication, (replications, d). For an exact posterior uniform.
-        p_values: of the test that a column of p is symmetric about 1/2, (d,).
-        batched: whether the fits were made all at once, or one by one with ``vi.fit``.
-        unconverged: how many fits did not converge.
+        names: names of the scalars, (d,).
+        p: q(u < true u) in every replication, (replications, d); uniform for an exact posterior.
+        p_values: p value of the test that a column of p is symmetric about 1/2, (d,).
+        batched: whether the fits ran as one batch, instead of one by one with ``vi.fit``.
+        unconverged: number of fits that did not converge.
     """
 
     names: list[str]
@@ -54,17 +52,17 @@ class VSBC:
     def table(self) -> pd.DataFrame:
         """A row per scalar.
 
-        ``mean p`` with its standard error under symmetry: below 1/2 the guide lies too high, above
-        too low. ``spread``: sd of p over that of a uniform variable: above 1 the guide is too
-        narrow, below too wide (on average over data sets; its standard error is about
-        sqrt(0.2 / replications)). ``p value``: of symmetry. ``biased``: p value below 0.05 over the
-        number of scalars (Bonferroni).
+        ``mean p`` is below 1/2 if the guide is too high and above if it is too low; ``mean_p_se``
+        is its standard error under symmetry. ``spread`` is the sd of p over that of a uniform
+        variable: above 1 the guide is too narrow, and below 1 too wide, on average over data sets.
+        The standard error of ``spread`` is about sqrt(0.2 / replications). ``p value`` is that of
+        symmetry, and a scalar is ``biased`` if it is below 0.05 / number of scalars (Bonferroni).
         """
         spread = self.p.std(0) * np.sqrt(12)
         return pd.DataFrame(
             {
                 "mean p": self.p.mean(0),
-                "mean p se": np.sqrt(((self.p - 0.5) ** 2).mean(0) / len(self.p)),
+                "mean_p_se": np.sqrt(((self.p - 0.5) ** 2).mean(0) / len(self.p)),
                 "spread": spread,
                 "p value": self.p_values,
                 "guide is": [
@@ -82,17 +80,17 @@ class VSBC:
 
     @property
     def biased(self) -> list[str]:
-        """The scalars whose p are not symmetric."""
+        """Names of the scalars whose p is not symmetric."""
         return [n for n, b in zip(self.names, self._biased, strict=True) if b]
 
     @property
     def meaning(self) -> str:
-        """In plain words."""
+        """The result in one sentence."""
         count = len(self.p)
         if not self.biased:
             return (
-                f"no bias seen in {count} replications: the p of all {len(self.names)} scalars are "
-                "symmetric (widths are not tested; see .table)"
+                f"no bias found in {count} replications: p is symmetric for all "
+                f"{len(self.names)} scalars (widths are not tested; see .table)"
             )
         worst = int(self.p_values.argmin())
         side = "too high" if self.p[:, worst].mean() < 0.5 else "too low"
@@ -107,10 +105,40 @@ class VSBC:
         return f"VSBC: {self.meaning}{left}"
 
     def plot(self) -> Figure:
-        """Histograms of p with their mirror images, the least symmetric scalars first."""
-        from vi_toolkit.figures import plot_vsbc
+        """Figure of histograms of p with their mirror images, for the 12 least symmetric scalars.
 
-        return plot_vsbc(self)
+        A lopsided histogram shows a bias.
+        """
+        table = self.table
+        order = np.argsort(self.p_values, kind="stable")[:MOST_HISTOGRAMS]
+        across = min(4, len(order))
+        down = -(-len(order) // across)
+        bins = np.linspace(0, 1, 11)
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(1 + 2 * across, 1.1 + 1.6 * down), layout="constrained")
+            grid = figure.subplots(down, across, squeeze=False, sharex=True).ravel()
+            for axes, i in zip(grid, order, strict=False):
+                p, off = self.p[:, i], bool(table["biased"].iloc[i])
+                axes.hist(p, bins, color=COLOURS[1 if off else 0], alpha=0.8)
+                axes.hist(1 - p, bins, histtype="step", color=INK, lw=1)
+                axes.axhline(len(p) / 10, color="#AAAAAA", lw=0.8, ls=":")
+                side = f": guide {table['guide is'].iloc[i]}" if off else ""
+                axes.set_title(f"{self.names[i]}{side}", fontsize=8.5)
+                hide_y_axis(axes)
+                axes.set_xticks([0, 0.5, 1])
+            for axes in grid[len(order) :]:
+                axes.set_axis_off()
+            hidden = len(order) < len(table)
+            more = f", the {len(order)} least symmetric of {len(table)}" if hidden else ""
+            figure.suptitle(
+                f"q(latent < its true value) in {len(self.p)} replications{more}",
+                x=0.01, ha="left", fontsize=9.5,
+            )  # fmt: skip
+            figure.supxlabel(
+                "outline: the mirror image. Lopsided: biased. U: too narrow. Hump: too wide.",
+                x=0.01, ha="left", fontsize=8.5,
+            )  # fmt: skip
+        return figure
 
 
 def vsbc(
@@ -125,31 +153,33 @@ def vsbc(
 ) -> VSBC:
     r"""Bias of a model's variational posterior over data that the model simulates.
 
-    In each replication latents :math:`u^0` are drawn from the prior, data from the model at them,
-    the guide is fitted to these data, and :math:`p = q(u_i < u_i^0)` is noted for every scalar. If
-    the guide's centre is unbiased p and 1 - p have the same distribution, however wrong its width.
-    That symmetry is tested (Butler's test, exact for any sample size). A too narrow guide gives a
-    U-shaped histogram, which is symmetric and passes: look at ``spread``.
+    Each replication draws latents :math:`u^0` from the prior and data from the model at them, fits
+    the guide to these data, and computes :math:`p = q(u_i < u_i^0)` for every scalar. If the
+    guide's centre is unbiased, p and 1 - p have the same distribution, however wrong the guide's
+    width is. That symmetry is tested (Butler's test, which is exact for any number of
+    replications). A guide that is too narrow gives a U-shaped histogram, which is symmetric and
+    passes; ``spread`` in the table shows it.
 
-    It says how the guide does on average over the prior, not on your data. What averages out is not
-    seen: an error away from (or towards) zero under a prior symmetric about zero, for one. Mean
-    field passes on the logistic regression recipe, where :func:`~vi_toolkit.diagnose` finds 21 of
-    31 means off.
+    The result describes the guide on average over the prior, not on your data. Errors that average
+    out are not found, such as an error away from zero under a prior that is symmetric about zero.
+    Mean field passes on the logistic regression recipe, where :func:`~vi_toolkit.diagnose` finds 21
+    of 31 means off.
 
-    Gaussian autoguides (mean field and full rank) are fitted to all replications at once, with
-    steps of a natural gradient to the optimum that ``vi.fit`` finds too; fits that do not get there
-    and every other guide, or any ``options``, go through ``vi.fit`` one by one.
+    Gaussian autoguides (mean field and full rank) are fitted to all replications in one batch, by
+    natural-gradient steps to the optimum that ``vi.fit`` finds too. Fits that do not converge there
+    and all other guides go through ``vi.fit`` one by one, and so does everything if there are
+    ``options``.
 
     Args:
         model: called as ``model(**data)``.
         guide: as for :func:`~vi_toolkit.fit`.
         data: arguments of the model. Those that hold observations are replaced by simulated ones.
-        replications: how many.
-        simulate: instead of the model's own prior predictive, a function of the replication's
-            number that returns (data, latents); all data of the same shapes.
+        replications: number of replications.
+        simulate: function of the replication's number that returns (data, latents), with data of
+            the same shapes each time; None for the model's own prior predictive distribution.
         seed: of the simulations.
-        progress: show a progress bar where fits are made one by one.
-        options: of ``vi.fit``.
+        progress: show a progress bar if fits are made one by one.
+        options: options of ``vi.fit``.
 
     Raises:
         PreflightError: the model's prior cannot be drawn from, or its data are not an argument.
@@ -171,195 +201,73 @@ def vsbc(
     """
     if simulate is None:
         simulate = PriorPredictive(model, data or {}, seed)
-    runs = [simulate(r) for r in range(replications)]
-    first = dict(runs[0][0])
+    simulated = [simulate(r) for r in range(replications)]
+    first = dict(simulated[0][0])
     with isolated_pyro_state(rng_state=seeded_state(seed), dtype=torch.float64):
-        every = None
+        batch = None
         try:
-            joint = Joint(model, _in_double(first))
+            joint = Joint(model, cast(first, torch.float64))
             if not options:
-                every = _all_at_once(joint, guide, [_in_double(data) for data, _ in runs], seed)
-        except BAD_POINT:  # a single-precision tensor of the model's own does not mix with double
+                data_sets = [cast(data, torch.float64) for data, _ in simulated]
+                batch = _fit_batch(joint, guide, data_sets, seed)
+        except BAD_POINT:  # the model holds a single-precision tensor, which does not mix
             with isolated_pyro_state(dtype=torch.float32):
                 joint = Joint(model, first)
         dtype = joint.start.dtype
         truth = torch.stack(
             [
                 joint.flatten({n: torch.as_tensor(t[n]).to(dtype)[None] for n in joint.sites})[0]
-                for _, t in runs
+                for _, t in simulated
             ]
         )
     p = np.full(truth.shape, np.nan)
     left = np.arange(replications)
-    if every is not None:
-        p = torch.special.ndtr((truth - every.mean) / every.sd).numpy()
-        left = np.flatnonzero(~every.converged.numpy())
+    if batch is not None:
+        p = torch.special.ndtr((truth - batch.mean) / batch.sd).numpy()
+        left = np.flatnonzero(~batch.converged.numpy())
     unconverged = 0
     for r in tqdm(left, disable=not progress or not len(left), desc="vsbc", unit="fit"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            one = fit(model, guide, runs[r][0], seed=seed, progress=False, **options)
+            one = fit(model, guide, simulated[r][0], seed=seed, progress=False, **options)
         unconverged += not one.converged
-        u = joint.flatten({n: v.to(dtype) for n, v in one.sample(DRAWS, seed=int(r)).items()})
-        # The middle of what the draws leave open: never 0 or 1.
-        p[r] = ((u < truth[r]).sum(0).numpy() + 0.5) / (DRAWS + 1)
+        draws = one.sample(NUM_DRAWS, seed=int(r))
+        u = joint.flatten({n: v.to(dtype) for n, v in draws.items()})
+        # The middle of the interval that the draws leave open, which is never 0 or 1.
+        p[r] = ((u < truth[r]).sum(0).numpy() + 0.5) / (NUM_DRAWS + 1)
     p_values = np.array([symmetry_test(column) for column in p.T])
-    return VSBC(list(joint.names), p, p_values, every is not None, unconverged)
+    return VSBC(list(joint.names), p, p_values, batch is not None, unconverged)
 
 
-def _in_double(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in data.items()
-    }
-
-
-def _all_at_once(joint: Joint, guide: Any, runs: list[dict[str, Any]], seed: int) -> Any:
-    """All fits together, or None where guide, data or model do not allow it."""
+def _fit_batch(
+    joint: Joint, guide: Any, data_sets: list[dict[str, Any]], seed: int
+) -> Replicated | None:
+    """All fits in one batch, or None if guide, data or model do not allow it."""
     kind = guide if isinstance(guide, type) else type(guide)
     if kind not in (AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal):
         return None
     entries = {}
-    for name, value in runs[0].items():
+    for name, value in data_sets[0].items():
         if torch.is_tensor(value):
-            if any(not torch.equal(data[name], value) for data in runs):
-                entries[name] = torch.stack([data[name] for data in runs])
-        elif any(data[name] is not value and data[name] != value for data in runs):
+            if any(not torch.equal(data[name], value) for data in data_sets):
+                entries[name] = torch.stack([data[name] for data in data_sets])
+        elif any(data[name] is not value and data[name] != value for data in data_sets):
             return None
     if not entries:
         return None
     try:
         return fit_replications(joint, entries, kind is AutoMultivariateNormal, seed)
-    except BAD_POINT:  # structure that depends on the data's values, say
+    except BAD_POINT:  # the model's structure depends on the data's values, for example
         return None
-
-
-class PriorPredictive:
-    """Replications of a model's own data: latents from the prior, data from the model at them.
-
-    Args:
-        model, data: the observed sites' values are replaced where they stand among the data.
-        seed: of the draws.
-
-    Raises:
-        PreflightError: an improper prior, a ``pyro.factor``, no observed site, observations that
-            are no argument of the model, or that it uses elsewhere too.
-
-    Example:
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> def model(y):
-        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("observations", len(y)):
-        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> data, latents = PriorPredictive(model, {"y": torch.zeros(5)})(0)
-        >>> data["y"].shape, latents["mu"].shape
-        (torch.Size([5]), torch.Size([]))
-    """
-
-    def __init__(self, model: Callable[..., Any], data: Mapping[str, Any], seed: int = 0):
-        self.model, self.data, self.seed = model, dict(data), seed
-        own = "Or give simulate=, a function of a number that returns (data, latents)."
-        with self._isolated(0), torch.no_grad():
-            try:
-                drawn: Any = poutine.trace(model).get_trace(**self.data)
-            except NotImplementedError as error:
-                raise PreflightError(
-                    f"The model cannot be drawn from its prior: {error or 'a prior is improper'}.",
-                    remedy="Give every latent a proper prior. " + own,
-                ) from error
-            factors = [
-                n for n, s in drawn.nodes.items()
-                if s["type"] == "sample" and type(s["fn"]).__name__ == "Unit"
-            ]  # fmt: skip
-            if factors:
-                raise PreflightError(
-                    f"The factor {factors[0]!r} changes the density but not the draws.",
-                    site=factors[0],
-                    remedy="Write it as a distribution. " + own,
-                )
-            observed = observed_sites(drawn)
-            if not observed:
-                raise PreflightError("The model observes no site.", remedy="Write obs=. " + own)
-            self.entry_of = {}
-            for name, site in observed.items():
-                value = site["value"]
-                held = [k for k, v in self.data.items() if _holds(v, value)]
-                # Of several with the same numbers it is the tensor itself.
-                if len(held) > 1:
-                    held = [k for k in held if self.data[k].data_ptr() == value.data_ptr()]
-                if not held:
-                    raise PreflightError(
-                        f"The observations of {name!r} are not an argument of the model.",
-                        site=name,
-                        remedy="Pass them in data as they are. " + own,
-                    )
-                self.entry_of[name] = held[0]
-            self._check_that_nothing_else_uses_them(drawn, own)
-
-    def _isolated(self, number: int) -> Any:
-        state = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
-        dtype = next(
-            (v.dtype for v in self.data.values() if torch.is_tensor(v) and v.is_floating_point()),
-            None,
-        )
-        return isolated_pyro_state(rng_state=seeded_state(int(state)), dtype=dtype)
-
-    def _draw(self, data: Mapping[str, Any]) -> Any:
-        return poutine.trace(poutine.uncondition(self.model)).get_trace(**data)
-
-    def _check_that_nothing_else_uses_them(self, drawn: Any, own: str) -> None:
-        """An autoregression, say, would be simulated from the real past."""
-        latents = {n: s["value"] for n, s in latent_sites(drawn).items()}
-        densities = []
-        for change in (False, True):
-            data = dict(self.data)
-            for name, entry in self.entry_of.items():
-                value = drawn.nodes[name]["value"]
-                order = torch.arange(value.numel()).flip(0) if change else slice(None)
-                data[entry] = value.reshape(-1)[order].reshape(value.shape)
-            values = latents | {n: drawn.nodes[n]["value"] for n in self.entry_of}
-            trace: Any = poutine.trace(poutine.condition(self.model, values)).get_trace(**data)
-            trace.compute_log_prob()
-            densities.append({n: trace.nodes[n]["log_prob"] for n in self.entry_of})
-        for name, before in densities[0].items():
-            if not torch.allclose(before, densities[1][name], equal_nan=True):
-                raise PreflightError(
-                    f"The distribution of {name!r} depends on the observations themselves.",
-                    site=name,
-                    remedy="The model cannot make such data by itself. " + own,
-                )
-
-    def __call__(self, number: int) -> Replication:
-        with self._isolated(number + 1), torch.no_grad():
-            trace = self._draw(self.data)
-        data = dict(self.data)
-        for name, entry in self.entry_of.items():
-            value = trace.nodes[name]["value"]
-            if not torch.isfinite(value).all():
-                raise PreflightError(
-                    f"Data drawn from the model are not finite at {name!r} (replication {number}).",
-                    site=name,
-                    remedy="Its priors allow more than the likelihood can hold: tighten them.",
-                )
-            data[entry] = value.to(self.data[entry].dtype)
-        names = [n for n in latent_sites(trace) if n not in self.entry_of]
-        return data, {n: trace.nodes[n]["value"] for n in names}
-
-
-def _holds(entry: Any, value: torch.Tensor) -> bool:
-    return (
-        torch.is_tensor(entry)
-        and entry.shape == value.shape
-        and torch.equal(torch.nan_to_num(entry.to(value.dtype)), torch.nan_to_num(value))
-    )
 
 
 def symmetry_test(p: np.ndarray) -> float:
     """P value of Butler's test that p (n,) is symmetric about 1/2.
 
-    The statistic is max_x |#(p <= x) - #(p >= 1 - x)|: with the p ordered by their distance from
-    1/2, the largest excursion of a walk that steps up for a small p and down for a large one. Under
-    symmetry the steps are fair coins, so its distribution is known exactly whatever that of p.
+    The statistic is max_x |#(p <= x) - #(p >= 1 - x)|. Order the p by their distance from 1/2, the
+    largest first, and let a walk step up for each p below 1/2 and down for each one above: the
+    statistic is the walk's largest excursion. Under symmetry the steps are fair coin flips, so the
+    distribution of the statistic is known exactly, whatever that of p.
 
     Example:
         >>> symmetry_test(np.linspace(0.01, 0.99, 99)) > 0.9
@@ -368,21 +276,18 @@ def symmetry_test(p: np.ndarray) -> float:
         True
     """
     off = np.asarray(p, dtype=np.float64) - 0.5
-    off = off[off != 0]  # neither side
+    off = off[off != 0]  # on neither side
     if not len(off):
         return 1.0
     walk = np.cumsum(np.where(off < 0, 1, -1)[np.argsort(-np.abs(off))])
-    reached = int(np.abs(walk).max())
-    # P(a fair walk of n steps stays strictly inside +-reached), by reflection:
-    # sum over k of (-1)^k P(S_n = j + 2 k reached) for every end j inside.
+    furthest = int(np.abs(walk).max())
+    # P(a fair walk of n steps stays strictly inside +-furthest), by reflection:
+    # sum over k of (-1)^k P(S_n = j + 2 k furthest) for every end j inside.
     n = len(off)
-    ends = np.arange(-reached + 1, reached)
-    turns = np.arange(-(n // (2 * reached)) - 2, n // (2 * reached) + 3)
-    positions = ends[:, None] + 2 * reached * turns
+    ends = np.arange(-furthest + 1, furthest)
+    turns = np.arange(-(n // (2 * furthest)) - 2, n // (2 * furthest) + 3)
+    positions = ends[:, None] + 2 * furthest * turns
     ups, odd = np.divmod(positions + n, 2)
     mass = np.where(odd == 0, scipy.stats.binom.pmf(ups, n, 0.5), 0.0)
     inside = float((mass * np.where(turns % 2, -1, 1)).sum())
     return min(1.0, max(0.0, 1.0 - inside))
-
-
-__all__ = ["VSBC", "PriorPredictive", "symmetry_test", "vsbc"]
