@@ -6,6 +6,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
@@ -157,3 +158,51 @@ def test_the_observed_site_must_be_named_if_there_are_two():
     vector = vi.predictive_check(fit, site="x", num_draws=200)
     assert vector.pit is None
     assert vector.pareto_k.shape == (1,)
+
+
+def exact_elpd(y, weights):
+    """Sum of log p(y_i | the others) for y ~ Normal(mu, 1), mu ~ Normal(0, 10), weighted."""
+    y, weights = y.double(), weights.double()
+    total = 0.0
+    for i in range(len(y)):
+        rest = torch.arange(len(y)) != i
+        precision = 1 / 100 + weights[rest].sum()
+        mean = (weights * y)[rest].sum() / precision
+        total += float(dist.Normal(mean, (1 + 1 / precision).sqrt()).log_prob(y[i]))
+    return total
+
+
+def assert_agrees(fit, exact):
+    """The elpd of eight sets of draws has the exact mean, to their own standard error."""
+    elpd = np.array([vi.predictive_check(fit, seed=seed).elpd_loo for seed in range(8)])
+    assert elpd.std(ddof=1) < 0.5
+    assert abs(elpd.mean() - exact) < Z * elpd.std(ddof=1) / 8**0.5
+
+
+@pytest.mark.parametrize("filler", [0.0, -100.0])
+def test_what_a_mask_hides_is_left_out(filler):
+    seen = torch.arange(60) % 10 != 0
+    y = torch.randn(60, generator=torch.Generator().manual_seed(1))
+
+    def model(y, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y)), poutine.mask(mask=seen):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    fit = fitted(model, AutoNormal, {"y": torch.where(seen, y, torch.tensor(filler)), "seen": seen})
+    check = vi.predictive_check(fit)
+    assert len(check.observed) == 54
+    assert not check.failed
+    exact = exact_elpd(y[seen], torch.ones(54))
+    assert_agrees(fit, exact)
+
+
+def test_scaled_data_are_left_out_with_their_scale():
+    y = torch.randn(200, generator=torch.Generator().manual_seed(2)) + 1
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("rows", len(y)), poutine.scale(scale=0.25):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    assert_agrees(fitted(model, AutoNormal, {"y": y}), exact_elpd(y, torch.full((200,), 0.25)))

@@ -23,6 +23,7 @@ from vi_toolkit.figures import (
     Figure,
     hide_y_axis,
 )
+from vi_toolkit.programs.prediction import observation_weights
 from vi_toolkit.programs.sites import observed_sites
 from vi_toolkit.result import Fit
 
@@ -181,6 +182,8 @@ def predictive_check(
 
     .. math:: w_i \propto \frac{p(x, z)}{q(z)\, p(x_i \mid z)}.
 
+    Observations that ``poutine.mask`` hides are left out. With ``poutine.scale`` the datum that is
+    left out takes its scaled likelihood with it, and is then predicted as one ordinary datum.
     The weights correct for the guide as well as for the missing datum. Where they can be used
     (k-hat below 0.7), the result is therefore that of the exact posterior.
 
@@ -225,13 +228,17 @@ def predictive_check(
     replicated = fit.predict(draws=posterior, seed=seed)[site].double().cpu().numpy()
     log_p = densities[site].double().cpu().numpy()
     scalar = log_p.shape[1:] == observed.shape
-    log_p = log_p.reshape(num_draws, -1)
+    counts = observation_weights(fit.workspace)[site].double().cpu().numpy()
+    seen = counts > 0
+    if not seen.all():  # what a mask hides is no observation
+        observed, replicated, log_p = observed[seen], replicated[:, seen], log_p[:, seen]
+    log_p, counts = log_p.reshape(num_draws, -1), counts[seen].reshape(-1)
     binary = scalar and bool(np.isin(observed, (0, 1)).all() and np.isin(replicated, (0, 1)).all())
     if statistics is None:
         statistics = {"mean": np.mean} if binary else STATISTICS
 
     log_w = weights.double().cpu().numpy()
-    w, k, fraction = smoothed_with_shape(log_w - log_p.T)  # w is (n, draws)
+    w, k, fraction = smoothed_with_shape(log_w - (counts * log_p).T)  # w is (n, draws)
     with np.errstate(divide="ignore"):
         smooth = np.log(w)
     elpd = logsumexp(smooth + log_p.T, 1)
