@@ -26,8 +26,6 @@ from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
-from vi_toolkit.compiled.accelerator import LONG_RUN
-from vi_toolkit.compiled.batched import BatchedFits
 from vi_toolkit.deterministic.families import FAMILY_OF, set_parameter, write_to_guide
 from vi_toolkit.deterministic.modes import find_modes
 from vi_toolkit.deterministic.objective import FamilyProblem, GuideProblem, Problem, noise_needed
@@ -45,6 +43,7 @@ from vi_toolkit.errors import (
 from vi_toolkit.estimators import LeaveOneOut, Reparam, Score
 from vi_toolkit.estimators.particles import is_drawn
 from vi_toolkit.estimators.reparam import reparameterised
+from vi_toolkit.machine_code import batched_fits, batching_pays, compile_joint
 from vi_toolkit.preflight import preflight
 from vi_toolkit.preflight.data import check_arguments, check_data
 from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
@@ -57,6 +56,7 @@ from vi_toolkit.programs.private_guide import private_guide
 from vi_toolkit.programs.prototype import prototype
 from vi_toolkit.programs.sites import latent_sites, observed_sites
 from vi_toolkit.programs.vectorise import Batched
+from vi_toolkit.stochastic import stages
 from vi_toolkit.stochastic.stages import Stochastic
 
 Model = Callable[..., Any]
@@ -67,7 +67,6 @@ DEFAULT_RATE = 0.02  # Adam's first step size; annealed from there
 MOST_LATENTS = {"full-rank": 500, "low-rank": 5_000, "mean-field": 20_000}
 MOST_GUIDE_PARAMETERS = 2_000
 MOST_FIRST_WORK = 2e8  # draws times observations of the first round
-MOST_TOGETHER = 2**20  # parameters of all restarts, which a program takes at once
 COMPILED_WORK = 4e6  # the same, from which a compiled log density pays for its compilation
 
 
@@ -119,17 +118,16 @@ def fit(
             2,560, ...); ends the fit when true.
         average: report the average of the last window of iterates rather than the last iterate.
         compile: whether to compile. ``True`` insists, ``False`` never does, ``"auto"`` does where
-            it pays, and goes on eagerly, with a warning, where it cannot be done. Of the stochastic
-            method the steps are compiled, where those asked for number at least 2,000 or are left
-            open (on a GPU only ``True`` compiles them, by CUDA graphs, which has not been tried
-            on one); the draws are the same either way, and so is the fit, to rounding. Of the
-            deterministic method the log density and its gradient are, where the draws of the
-            first round times the observations number at least four million.
+            it pays, and goes on eagerly, with a warning, where it cannot be done. Stochastic fits
+            on the CPU are compiled if ``steps`` is None or at least 2,000; the draws are the same
+            either way, and so is the fit, to rounding. The log density of a deterministic fit is
+            compiled if the draws of the first round times the observations number at least four
+            million.
         restarts: independent starts; the fit with the best ELBO is kept, and the ELBOs of all are
             in ``Fit.restarts``. The deterministic method always tries 16, and takes this many times
-            16. Of the stochastic method one program takes the compiled steps of all of them at
-            once, with draws of its own, where they have at most a million parameters and there is
-            no ``stop``.
+            16. Compiled steps of stochastic restarts are taken at once if they have at most a
+            million parameters together and there is no ``stop``; the draws then differ from those
+            of each restart run separately.
         progress: show a progress bar.
 
     Returns:
@@ -524,7 +522,7 @@ class Fit:
         wanted = self._compile == "auto" and work >= COMPILED_WORK
         if self._compile is True or (wanted and self.family is not None):
             report("compiling the log density")
-            self.joint.compile(insist=self._compile is True)
+            compile_joint(self.joint, insist=self._compile is True)
 
     def _first_problem(self, starts: int, report: Callable[[str], None]) -> Problem:
         joint = self.joint
@@ -586,9 +584,10 @@ class Fit:
         self._prepare_stochastic(estimator, optimizer, average, subsample)
         seeds = [self.seed + 7919 * k for k in range(restarts)]
         starts = None
-        if restarts > 1 and stop is None and self._runs_together(steps, restarts):
+        pays = batching_pays(self._compile, steps, restarts, self._values.values())
+        if restarts > 1 and stop is None and pays:
             try:
-                starts = self._run_together(steps, seeds)
+                starts = self._run_batched(steps, seeds)
             except CompileError as error:
                 warnings.warn(
                     f"The restarts run one after the other, because {error}.",
@@ -627,20 +626,11 @@ class Fit:
         finally:
             self.seed = kept
 
-    def _runs_together(self, steps: int | None, restarts: int) -> bool:
-        """Whether one program may take the steps of all restarts, and would pay."""
-        parameters = sum(value.numel() for value in self._values.values())
-        if restarts * parameters > MOST_TOGETHER:
-            return False
-        long = steps is None or steps * restarts >= LONG_RUN
-        tried = all(p.device.type == "cpu" for p in self._values.values())
-        return self._compile is True or (self._compile == "auto" and long and tried)
-
-    def _run_together(self, steps: int | None, seeds: list[int]) -> list[tuple[Any, ...]]:
+    def _run_batched(self, steps: int | None, seeds: list[int]) -> list[tuple[Any, ...]]:
         """All restarts at once; their snapshots.
 
         Raises:
-            CompileError: they cannot be run by one program.
+            CompileError: they cannot be batched.
         """
         starts = []
         for k, seed in enumerate(seeds):
@@ -650,7 +640,7 @@ class Fit:
             starts.append(self._snapshot())
 
         @contextlib.contextmanager
-        def room(k: int) -> Iterator[None]:
+        def isolated(k: int) -> Iterator[None]:
             # No parameter is the caller's, or two fits would share it, which is refused.
             self._return_to(starts[k])
             with isolated_pyro_state(self._store, None, self._dtype):
@@ -665,7 +655,8 @@ class Fit:
 
         failed = None
         try:
-            BatchedFits([start[-1] for start in starts], room).advance(steps, report)
+            fits = [start[-1] for start in starts]
+            batched_fits(fits, isolated, stages.MOST_COMPILED_STEPS).advance(steps, report)
         except KeyboardInterrupt:
             self.interrupted = True
         except NonFiniteError as error:
@@ -675,7 +666,7 @@ class Fit:
             bar.close()
             for k, start in enumerate(starts):
                 running = start[-1]
-                with room(k):
+                with isolated(k):
                     self._iterate = flat(running.leaves)
                     unflat(running.result(), running.leaves)
                     self._keep()
