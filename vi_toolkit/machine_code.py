@@ -252,12 +252,9 @@ def _on_cpu(leaves: Iterable[torch.Tensor]) -> bool:
 
 @contextlib.contextmanager
 def _import_errors_explained() -> Iterator[None]:
-    """Turn any error of an import into a CompileError, and silence torch's deprecations."""
+    """Turn any error of an import into a CompileError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
+        yield
     except CompileError:
         raise
     except Exception as error:

@@ -97,7 +97,10 @@ def __getattr__(name: str) -> Any:
     module, attribute, lost = _NAMES[name]
     found: Any
     try:
-        found = importlib.import_module(module)
+        with warnings.catch_warnings():  # torch's imports warn of deprecations in torch
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            found = importlib.import_module(module)
         for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
