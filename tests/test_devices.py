@@ -44,7 +44,7 @@ assert a.elbo_estimate(20) == b.elbo_estimate(20)
 found = [vi.diagnose(fit, chains=False) for fit in (a, b)]
 assert found[0].reasons == found[1].reasons, found
 vi.predictive_check(b), b.to_arviz(), b.plot()
-draws = {{"chains": 2, "draws": 30, "warmup": 50, "progress": False}}
+draws = {{"chains": 2, "num_draws": 30, "warmup": 50, "progress": False}}
 refused = []
 for data in (here, there):
     try:

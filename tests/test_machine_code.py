@@ -62,7 +62,7 @@ with warnings.catch_warnings():
     assert fit.method == "deterministic" and fit.converged
     assert vi.diagnose(fit).reasons
     try:
-        vi.Reference.nuts(regression, data, chains=2, draws=40, warmup=50, **options)
+        vi.Reference.nuts(regression, data, chains=2, num_draws=40, warmup=50, **options)
     except vi.InvalidReferenceError as error:  # too few draws to be admitted
         assert len(vi.compare(fit, error.reference).table)
 

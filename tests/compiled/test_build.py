@@ -30,11 +30,11 @@ def built(monkeypatch, tmp_path):
     commands = []
     start = subprocess.Popen.__init__
 
-    def watched(self, args, *rest, **options):
+    def noting(self, args, *rest, **options):
         commands.append(list(args))
         start(self, args, *rest, **options)
 
-    monkeypatch.setattr(subprocess.Popen, "__init__", watched)
+    monkeypatch.setattr(subprocess.Popen, "__init__", noting)
     monkeypatch.setattr(aot_cache, "FORMAT", str(tmp_path))
     return commands
 
@@ -54,12 +54,12 @@ def test_the_compiler_is_given_one_file_which_allocates_before_its_loop(built, m
     tested = cpu_vec_isa.valid_vec_isa_list
     texts = []
 
-    def watched(source):
+    def noting(source):
         texts.append((source, allocate_once(source)))
         return texts[-1][1]
 
     allocate_once = build.allocate_once
-    monkeypatch.setattr(build, "allocate_once", watched)
+    monkeypatch.setattr(build, "allocate_once", noting)
     assert_as_eager(fitted(True))
     assert len(sources(built)) == len(texts) <= 2  # the loop, and what leaves it
     assert cpu_vec_isa.valid_vec_isa_list is tested

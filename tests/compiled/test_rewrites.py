@@ -9,7 +9,7 @@ from pyro.infer.autoguide import AutoNormal
 from tests.compiled.checks import assert_same, both, interpret
 from tests.compiled.models import Y
 from vi_toolkit.compiled import rewrites, steps
-from vi_toolkit.compiled.rewrites import lookups_stay_inside, turn_products
+from vi_toolkit.compiled.rewrites import lookups_stay_inside, transpose_products
 from vi_toolkit.compiled.tracing import functional
 
 
@@ -91,7 +91,7 @@ def test_products_of_several_fits_keep_the_fits_first():
 
     graph = functional(function, [A, B])
     before = graph(A, B)
-    turn_products(graph.graph)
+    transpose_products(graph.graph)
     graph.graph.lint()
     graph.recompile()
     for one, other in zip(graph(A, B), before, strict=True):

@@ -65,7 +65,7 @@ def test_left_open_each_ends_when_it_has_converged(monkeypatch):
     found, ended = [], {}
     original = BatchedFits._take
 
-    def watched(self, running, most):
+    def checking(self, running, most):
         for k, one in enumerate(self.fits):
             if k not in running:
                 state = [flat(one.leaves), one.block_sum.clone()]
@@ -73,7 +73,7 @@ def test_left_open_each_ends_when_it_has_converged(monkeypatch):
                 assert all(map(torch.equal, state, ended.setdefault(k, state)))
         return original(self, running, most)
 
-    monkeypatch.setattr(BatchedFits, "_take", watched)
+    monkeypatch.setattr(BatchedFits, "_take", checking)
     fits = starts_of(
         lambda: found.append(fit(conjugate, AutoNormal, data, restarts=3, compile=True)),
         monkeypatch,

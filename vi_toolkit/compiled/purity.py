@@ -95,7 +95,7 @@ class PythonSnapshot:
 
     Tensors are compared by identity, because their values are inputs of a compiled step. Numbers,
     text and small arrays are compared by value. Everything else is compared by identity, except for
-    what a library keeps in its own objects and may make anew at each call (the plates of an
+    what a library keeps in its own objects and may make new at each call (the plates of an
     autoguide).
 
     State inside generators and C extensions, and what a library's object keeps for itself, is not

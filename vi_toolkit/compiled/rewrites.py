@@ -109,7 +109,7 @@ def swap_lookups(graph: torch.fx.Graph) -> None:
         node.replace_all_uses_with(found)
 
 
-def rows_at_once(graph: torch.fx.Graph) -> None:
+def lookups_by_blas(graph: torch.fx.Graph) -> None:
     """Turn ``table[rows].T @ v`` into ``v @ table[rows]``, by a call of BLAS.
 
     This is the gradient of ``table[rows] @ w``. Inductor would fuse product and lookup into a loop
@@ -117,7 +117,7 @@ def rows_at_once(graph: torch.fx.Graph) -> None:
     copied once.
     """
     for node in list(graph.nodes):
-        if node.target is not aten.mv.default or not _is_turn(node.args[0]):
+        if node.target is not aten.mv.default or not _is_transpose(node.args[0]):
             continue
         table, vector = node.args[0].args[0], node.args[1]
         if table.target is not aten.index.Tensor or table.meta["val"].numel() < MANY_LOOKED_UP:
@@ -131,7 +131,7 @@ def rows_at_once(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def masks_from_memory(graph: torch.fx.Graph) -> None:
+def masks_as_constants(graph: torch.fx.Graph) -> None:
     """Turn ``tril(x)`` into ``where(mask, x, 0)``, whose mask can leave the loop.
 
     Otherwise every iteration computes, in 64-bit integers, which entries are below the diagonal.
@@ -181,15 +181,15 @@ def replace_draws(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)  # it would still draw: random operators are never dead code
 
 
-def turn_products(graph: torch.fx.Graph) -> None:
+def transpose_products(graph: torch.fx.Graph) -> None:
     """Turn ``(a @ b.T).T`` into ``b @ a.T``, so that the fits stay the first dimension.
 
     ``torch.vmap`` makes the fits the last dimension of a product. Then the innermost loops of all
     that follows would run over a few fits instead of over the data.
     """
 
-    def turned(node: torch.fx.Node) -> torch.fx.Node:
-        if _is_turn(node):
+    def transposed(node: torch.fx.Node) -> torch.fx.Node:
+        if _is_transpose(node):
             (source,) = _tensors_in(node)
             return source
         out = graph.call_function(aten.permute.default, (node, [1, 0]))
@@ -199,11 +199,11 @@ def turn_products(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.mm.default or not node.users:
             continue
-        if not all(_is_turn(user) for user in node.users):
+        if not all(_is_transpose(user) for user in node.users):
             continue
         with graph.inserting_before(node):
             first, second = node.args
-            product = graph.call_function(aten.mm.default, (turned(second), turned(first)))
+            product = graph.call_function(aten.mm.default, (transposed(second), transposed(first)))
             product.meta["val"] = node.meta["val"].new_empty(node.meta["val"].t().shape)
         for user in list(node.users):
             user.replace_all_uses_with(product)
@@ -211,7 +211,7 @@ def turn_products(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _is_turn(node: torch.fx.Node) -> bool:
+def _is_transpose(node: torch.fx.Node) -> bool:
     if node.target is aten.permute.default:
         return node.args[1] == [1, 0]
     return node.target is aten.t.default
@@ -255,8 +255,8 @@ def hoist(
         constants alone.
     """
     swap_lookups(body.graph)
-    rows_at_once(body.graph)
-    masks_from_memory(body.graph)
+    lookups_by_blas(body.graph)
+    masks_as_constants(body.graph)
     replace_draws(body.graph)
     body.graph.eliminate_dead_code()
     nodes = list(body.graph.nodes)
@@ -312,7 +312,7 @@ def hoist(
     return torch.fx.GraphModule({}, once), torch.fx.GraphModule({}, each), unchanging
 
 
-def write_in(
+def inline_constants(
     each: torch.fx.GraphModule,
     variable: int,
     values: Sequence[torch.Tensor],

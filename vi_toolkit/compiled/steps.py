@@ -15,14 +15,14 @@ from vi_toolkit.compiled.quiet import forgetting_sources, quiet
 from vi_toolkit.compiled.rewrites import (
     failures_become_nan,
     hoist,
+    inline_constants,
     lookups_stay_inside,
     replace_draws,
-    turn_products,
-    write_in,
+    transpose_products,
 )
 from vi_toolkit.compiled.running_fit import FitParts
 from vi_toolkit.compiled.stacked_state import StackedState
-from vi_toolkit.compiled.tracing import functional, trace_step
+from vi_toolkit.compiled.tracing import Traced, functional, trace_step
 from vi_toolkit.errors import CompileError
 from vi_toolkit.programs.isolation import random_state, set_random_state
 
@@ -125,85 +125,50 @@ class Loop:
             buffers = [_counterpart(t, fit, other) for t in traced.buffers]
             self.states.append(LoopState(other.leaves, other.optimizer, traced, buffers))
         self.state: Any = one if len(self.states) == 1 else StackedState(self.states)
-        self.read = traced.read
-        self.constants = [leaves[k] for k in idle] + traced.constants
+        self._read = traced.read
+        self._constants = [leaves[k] for k in idle] + traced.constants
 
-        def body(i: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            given = iter(rest)
-            theta = [next(given) for _ in one.rules]
-            slots = [[next(given) for _ in rule.slots] for rule in one.rules]
-            sums = [next(given) for _ in one.rules]
-            elbo = next(given)
-            buffers = [next(given) for _ in one.buffers]
-            _, table = next(given), next(given)
-            at = i.reshape(1)
-            inputs = [next(given).index_select(0, at)[0]] if batch is not None else []
-            coefficients = iter(table.index_select(0, at)[0].unbind())
-            constants = list(given)
-            values = dict(zip(idle, constants, strict=False))
-            for members, vector in zip(one.members, theta, strict=True):
-                values.update(zip(members, one.split(vector, members), strict=True))
-            loss, *outputs = traced.graph(
-                *inputs, *(values[k] for k in range(len(leaves))), *buffers, *constants[len(idle) :]
-            )
-            gradient = dict(zip(traced.live, outputs, strict=False))
-            finite = torch.isfinite(loss)
-            new_theta, new_slots = [], []
-            for rule, members, vector, state in zip(
-                one.rules, one.members, theta, slots, strict=True
-            ):
-                g = one.join([gradient[k] for k in members])
-                # NaN if an entry is not finite: one sum is faster than testing each entry.
-                finite = finite & ((0 * g).sum() == 0)
-                numbers = [next(coefficients) for _ in rule.coefficients(0.1, 1.0)]
-                vector, state = rule.update(vector, g, state, numbers)
-                new_theta.append(vector)
-                new_slots += state
-            sums = [t + v for t, v in zip(sums, new_theta, strict=True)]
-            elbo = elbo.index_put((at,), -loss.reshape(1))
-            # A step that is not finite ends the loop: its count is too large to be a number of
-            # steps.
-            i = torch.where(finite, i + 1, i + (MOST_STEPS_PER_CALL + 1))
-            return i, *new_theta, *new_slots, *sums, elbo, *outputs[len(traced.live) :]
-
+        body = _loop_body(traced, one, idle, batch is not None)
         fits = [] if len(self.states) == 1 else [len(self.states)]
         width = sum(len(r.coefficients(0.1, 1.0)) for r in one.rules)
         most = MOST_STEPS_PER_CALL
         counts: dict[str, Any] = {"dtype": torch.long, "device": device}
-        self.elbo = torch.zeros(most, dtype=traced.loss_dtype, device=device)
-        self.table = torch.zeros((most, *fits, width), dtype=leaves[0].dtype, device=device)
-        self.indices = None if batch is None else torch.zeros((most, *fits, batch), **counts)
-        self.n = torch.zeros((), **counts)
-        each_state = [s.carried(None, self.elbo) for s in self.states]
+        self._elbo = torch.zeros(most, dtype=traced.loss_dtype, device=device)
+        self._coefficients = torch.zeros((most, *fits, width), dtype=leaves[0].dtype, device=device)
+        self._indices = None if batch is None else torch.zeros((most, *fits, batch), **counts)
+        self._n = torch.zeros((), **counts)
+        each_state = [s.carried(None, self._elbo) for s in self.states]
         carried = each_state[0]
         if fits:
             carried = [torch.stack(ts) for ts in zip(*each_state, strict=True)]
         per_call = self._per_call()
         first = torch.zeros((), **counts)
         if fits:
-            per_call_of_one = [self.n, *(t[:, 0] for t in per_call[1:])]
-            self.graph_of_one = functional(
-                body, [first, *each_state[0], *per_call_of_one, *self.constants]
+            per_call_of_one = [self._n, *(t[:, 0] for t in per_call[1:])]
+            self._graph_of_one = functional(
+                body, [first, *each_state[0], *per_call_of_one, *self._constants]
             )
-            body = _vectorised(self.graph_of_one, len(carried), len(per_call), len(self.constants))
-            self.graph_of_all = body
-        each = functional(body, [first, *carried, *per_call, *self.constants])
+            body = _vectorised(
+                self._graph_of_one, len(carried), len(per_call), len(self._constants)
+            )
+            self._graph_of_all = body
+        each = functional(body, [first, *carried, *per_call, *self._constants])
         if fits:
-            turn_products(each.graph)
+            transpose_products(each.graph)
         bounds = {0: MOST_STEPS_PER_CALL}  # of the loop's counter
         if fit.plan is not None:
             bounds[1 + len(carried) + 2] = fit.plan.size  # of the minibatch's indices
         checked = not lookups_stay_inside(each.graph, bounds)
         variable = 1 + len(carried) + len(per_call)
         fresh = [False] * len(idle) + traced.fresh
-        self.once, each, unchanging = hoist(each, variable, fresh)
-        self.versions: tuple[int, ...] = ()
-        self.invariants: list[torch.Tensor] = []
-        self.inputs: list[int] | None = None
+        self._once, each, unchanging = hoist(each, variable, fresh)
+        self._versions: tuple[int, ...] = ()
+        self._invariants: list[torch.Tensor] = []
+        self._inputs: list[int] | None = None
         self._refresh()
-        self.inputs = write_in(each, variable, self.invariants, unchanging)
-        self.invariants = [self.invariants[k] for k in self.inputs]
-        self.machine_code = compile_loop(each, carried, [*per_call, *self.invariants], checked)
+        self._inputs = inline_constants(each, variable, self._invariants, unchanging)
+        self._invariants = [self._invariants[k] for k in self._inputs]
+        self._machine_code = compile_loop(each, carried, [*per_call, *self._invariants], checked)
 
     # ------------------------------------------------------------- one call
 
@@ -239,15 +204,15 @@ class Loop:
             The number of finite steps, and the new state in the order of :meth:`carried`.
         """
         self._refresh()
-        if self.indices is not None:
+        if self._indices is not None:
             assert indices is not None
-            self.indices[:steps] = indices[:steps]
-        self.table[:steps] = torch.as_tensor(self.state.coefficients(steps))
-        self.n.fill_(steps)
+            self._indices[:steps] = indices[:steps]
+        self._coefficients[:steps] = torch.as_tensor(self.state.coefficients(steps))
+        self._n.fill_(steps)
         state = [t.clone() for t in self.carried(sums)]  # the machine code overwrites its inputs
         try:
             with torch.no_grad():
-                i, *out = self.machine_code([*state, *self._per_call(), *self.invariants])
+                i, *out = self._machine_code([*state, *self._per_call(), *self._invariants])
         except RuntimeError as error:
             raise CompileError(f"the compiled step failed ({error})") from error
         done = int(i)
@@ -255,31 +220,35 @@ class Loop:
 
     def carried(self, sums: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """See :meth:`LoopState.carried`."""
-        return self.state.carried(sums, self.elbo)
+        return self.state.carried(sums, self._elbo)
 
     def _per_call(self) -> list[torch.Tensor]:
         """The inputs that are the same for all steps of a call."""
-        return [self.n, self.table, *([self.indices] if self.indices is not None else [])]
+        return [
+            self._n,
+            self._coefficients,
+            *([self._indices] if self._indices is not None else []),
+        ]
 
     # ------------------------------------------------------------- checks
 
     def state_of(self, k: int) -> list[torch.Tensor]:
         """Copy of one fit's state."""
-        return [t.clone() for t in self.states[k].carried(None, self.elbo)]
+        return [t.clone() for t in self.states[k].carried(None, self._elbo)]
 
     def step_of_one(self, k: int, indices: torch.Tensor | None) -> list[torch.Tensor]:
         """One fit's state after a step by the graph that is vectorised over fits."""
-        table = torch.zeros_like(self.table[:, 0])
+        table = torch.zeros_like(self._coefficients[:, 0])
         table[:1] = torch.as_tensor(self.states[k].coefficients(1))
-        per_call = [self.n, table]
-        if self.indices is not None:
+        per_call = [self._n, table]
+        if self._indices is not None:
             assert indices is not None
-            padded = torch.zeros_like(self.indices[:, 0])
+            padded = torch.zeros_like(self._indices[:, 0])
             padded[:1] = indices
             per_call.append(padded)
         with torch.no_grad():
-            _, *out = self.graph_of_one(
-                torch.zeros_like(self.n), *self.state_of(k), *per_call, *self.constants
+            _, *out = self._graph_of_one(
+                torch.zeros_like(self._n), *self.state_of(k), *per_call, *self._constants
             )
         return out
 
@@ -291,8 +260,8 @@ class Loop:
         done, compiled = self.compute(1, indices)
         set_random_state(before)
         with torch.no_grad():
-            i, *expected = self.graph_of_all(
-                torch.zeros_like(self.n), *old, *self._per_call(), *self.constants
+            i, *expected = self._graph_of_all(
+                torch.zeros_like(self._n), *old, *self._per_call(), *self._constants
             )
         set_random_state(before)
         if done != 1 or int(i) != 1:
@@ -318,7 +287,7 @@ class Loop:
         strictly. Parameters are compared roughly if there are slots: Adam's first moves have the
         gradient's sign, however small it is, and magnify rounding errors.
         """
-        tolerance = TOLERANCE.get(self.table.dtype, 1e-2)
+        tolerance = TOLERANCE.get(self._coefficients.dtype, 1e-2)
         rules = self.states[0].rules
         many, slots = len(rules), sum(len(rule.slots) for rule in rules)
         mine, theirs = compiled[self._elbo_at()][..., 0].double(), torch.as_tensor(elbo).double()
@@ -334,17 +303,17 @@ class Loop:
 
     def _refresh(self) -> None:
         """Recompute what was moved out of the loop if a tensor it depends on has changed."""
-        versions = tuple(map(torch_private.version, self.constants))
-        if versions != self.versions:
+        versions = tuple(map(torch_private.version, self._constants))
+        if versions != self._versions:
             with torch.no_grad():
-                values = [t.contiguous() for t in self.once(*self.constants)]
-            self.invariants = values if self.inputs is None else [values[k] for k in self.inputs]
-            self.versions = versions
-            self.read_versions = list(map(torch_private.version, self.read))
+                values = [t.contiguous() for t in self._once(*self._constants)]
+            self._invariants = values if self._inputs is None else [values[k] for k in self._inputs]
+            self._versions = versions
+            self._read_versions = list(map(torch_private.version, self._read))
 
     def outdated(self) -> bool:
         """Whether a value that is written into the machine code has changed."""
-        changed = self.read_versions != list(map(torch_private.version, self.read))
+        changed = self._read_versions != list(map(torch_private.version, self._read))
         return changed or any(state.outdated() for state in self.states)
 
 
@@ -361,6 +330,60 @@ def _loss_of(fit: FitParts) -> Callable[..., torch.Tensor]:
             return fit.estimator.differentiable_loss(fit.model, fit.guide, **data)
 
     return loss
+
+
+def _loop_body(
+    traced: Traced, one: LoopState, idle: Sequence[int], minibatches: bool
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The body of a loop over the steps of one fit.
+
+    Args:
+        traced: the step.
+        one: the fit's state.
+        idle: positions of the leaves that the loss does not depend on.
+        minibatches: whether a step takes the indices of a minibatch.
+
+    Returns:
+        (step number, *state, number of steps, coefficients, indices if any, *constants) -> (next
+        step number, *new state), with the state in the order of :meth:`LoopState.carried`.
+    """
+
+    def body(i: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = iter(rest)
+        theta = [next(given) for _ in one.rules]
+        slots = [[next(given) for _ in rule.slots] for rule in one.rules]
+        sums = [next(given) for _ in one.rules]
+        elbo = next(given)
+        buffers = [next(given) for _ in one.buffers]
+        _, coefficient_table = next(given), next(given)
+        at = i.reshape(1)
+        inputs = [next(given).index_select(0, at)[0]] if minibatches else []
+        coefficients = iter(coefficient_table.index_select(0, at)[0].unbind())
+        constants = list(given)
+        values = dict(zip(idle, constants, strict=False))
+        for members, vector in zip(one.members, theta, strict=True):
+            values.update(zip(members, one.split(vector, members), strict=True))
+        loss, *outputs = traced.graph(
+            *inputs, *(values[k] for k in range(len(one.leaves))), *buffers, *constants[len(idle) :]
+        )
+        gradient = dict(zip(traced.live, outputs, strict=False))
+        finite = torch.isfinite(loss)
+        new_theta, new_slots = [], []
+        for rule, members, vector, state in zip(one.rules, one.members, theta, slots, strict=True):
+            g = one.join([gradient[k] for k in members])
+            # NaN if an entry is not finite: one sum is faster than testing each entry.
+            finite = finite & ((0 * g).sum() == 0)
+            numbers = [next(coefficients) for _ in rule.coefficients(0.1, 1.0)]
+            vector, state = rule.update(vector, g, state, numbers)
+            new_theta.append(vector)
+            new_slots += state
+        sums = [t + v for t, v in zip(sums, new_theta, strict=True)]
+        elbo = elbo.index_put((at,), -loss.reshape(1))
+        # A step that is not finite ends the loop: its count is too large to be a number of steps.
+        i = torch.where(finite, i + 1, i + (MOST_STEPS_PER_CALL + 1))
+        return i, *new_theta, *new_slots, *sums, elbo, *outputs[len(traced.live) :]
+
+    return body
 
 
 def _vectorised(
