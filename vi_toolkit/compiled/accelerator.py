@@ -21,13 +21,12 @@ from vi_toolkit.compiled.in_place import InPlaceChanges
 from vi_toolkit.compiled.interrupts import interrupt_deferred
 from vi_toolkit.compiled.purity import PythonSnapshot, effects
 from vi_toolkit.compiled.running_fit import RunningFit, checkpoint, rollback
-from vi_toolkit.compiled.steps import MOST_STEPS_PER_CALL, CompiledSteps, Loop
+from vi_toolkit.compiled.steps import LONGEST_CALL, MOST_STEPS_PER_CALL, CompiledSteps, Loop
 from vi_toolkit.errors import CompileError, CompileWarning
 from vi_toolkit.programs.isolation import random_state, set_random_state
 
 SHARE_OF_CHECKS = 1 / 20
 MOST_RECOMPILATIONS = 8
-LONGEST_CALL = 0.5  # seconds without a chance to interrupt
 
 
 class Accelerator:

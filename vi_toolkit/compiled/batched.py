@@ -21,13 +21,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vi_toolkit.compiled.accelerator import LONGEST_CALL
 from vi_toolkit.compiled.in_place import InPlaceChanges
 from vi_toolkit.compiled.interrupts import interrupt_deferred
 from vi_toolkit.compiled.purity import PythonSnapshot, effects
 from vi_toolkit.compiled.running_fit import RunningFit, checkpoint, rollback
 from vi_toolkit.compiled.stacked_state import StackedState
-from vi_toolkit.compiled.steps import MOST_STEPS_PER_CALL, CompiledSteps, Loop
+from vi_toolkit.compiled.steps import LONGEST_CALL, MOST_STEPS_PER_CALL, CompiledSteps, Loop
 from vi_toolkit.errors import CompileError
 from vi_toolkit.programs.isolation import random_state, set_random_state
 

@@ -27,6 +27,7 @@ from vi_toolkit.errors import CompileError
 from vi_toolkit.programs.isolation import random_state, set_random_state
 
 MOST_STEPS_PER_CALL = 256
+LONGEST_CALL = 0.5  # seconds without a chance to interrupt
 # How far a compiled and an eager step may differ. Rounding errors are far smaller than this, and
 # the difference between two models is far larger.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
