@@ -196,7 +196,6 @@ def test_a_deterministic_fit_is_the_same_compiled(guide, monkeypatch):
     assert vi.fit(regression, guide, regression_data(), progress=False).joint.compiled is not None
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.script")  # torch's own, of its first Hessian
 def test_a_fit_that_cannot_be_compiled_is_eager_and_says_so(monkeypatch):
     def fails(graph, inputs):
         raise vi.CompileError("there is no working C++ compiler")
