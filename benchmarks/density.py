@@ -1,7 +1,7 @@
 """What does a compiled log density buy? Evaluations, a chain of NUTS, a deterministic fit.
 
 Milliseconds of CPU for the gradient and value of the log joint density, at 16 points and at 128,
-as ``Joint.gradients`` computes them with and without ``Joint.compile``: medians of interleaved
+as ``Joint.gradients`` computes them with and without ``compile_joint``: medians of interleaved
 rounds. Then CPU seconds of NUTS chains with the same seeds and of a deterministic fit, compilation
 included, both ways.
 
@@ -31,6 +31,7 @@ from benchmarks.posteriordb import read_json
 from benchmarks.posteriordb_models import MODELS
 from benchmarks.step_time import logistic, schools
 from recipes import logistic_regression
+from vi_toolkit.machine_code import compile_joint
 from vi_toolkit.programs.joint import Joint
 from vi_toolkit.reference import nuts_draws
 
@@ -63,7 +64,7 @@ def evaluations(name: str, model: Any, data: dict[str, Any], rounds: int) -> Non
     joint = Joint(model, in_double(data))
     began = time.perf_counter()
     try:
-        joint.compile(insist=True)
+        compile_joint(joint, insist=True)
     except vi.CompileError as error:
         print(f"{name:36} not compiled: {error}")
         return

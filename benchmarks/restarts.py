@@ -1,9 +1,9 @@
-"""What do K restarts cost, taken at once? The program's steps, and whole fits.
+"""What do K restarts cost, taken at once? Steps, and whole fits.
 
-Steps: microseconds per step of the program that takes the steps of all K fits, next to that of
-one fit and to NumPyro's ``lax.scan`` under ``vmap``; turns interleaved in one process, medians.
-Fits: seconds of ``vi.fit(..., steps=2_000, restarts=K)`` with compiled programs on disk already,
-all restarts at once, one after the other, and eagerly.
+Steps: microseconds per compiled step of all K fits at once, next to that of one fit and to
+NumPyro's ``lax.scan`` under ``vmap``; turns interleaved in one process, medians.
+Fits: seconds of ``vi.fit(..., steps=2_000, restarts=K)`` with the machine code on disk already, all
+restarts at once, one after the other, and eagerly.
 
 Example::
 
@@ -34,9 +34,10 @@ STEPS = 2_000
 
 
 class Start:
-    """A fit at its start, its optimiser one step on."""
+    """A fit at its start, after one step of its optimiser."""
 
     def __init__(self, problem: Problem, data: dict[str, torch.Tensor], seed: int):
+        self.model, self.data, self.plan = problem.model, data, None
         self.store = pyro.get_param_store().__class__()
         self.estimator: Any = Trace_ELBO()
         with isolated_pyro_state(self.store, seeded_state(seed)):
@@ -50,22 +51,13 @@ class Start:
 def ours(problem: Problem, data: dict[str, torch.Tensor], restarts: int) -> Turn:
     first, *others = (Start(problem, data, seed) for seed in range(restarts))
     with isolated_pyro_state(first.store, seeded_state(0)):
-        loop = CompiledSteps(
-            problem.model,
-            first.guide,
-            data,
-            first.estimator,
-            first.optimizer,
-            None,
-            first.leaves,
-            beside=others,
-        ).loop(None)
+        loop = CompiledSteps(first, *others).loop(None)
     total = torch.zeros(sum(p.numel() for p in first.leaves))
 
     def turn(number: int) -> None:
         with isolated_pyro_state(first.store):
             for _ in range(number // BLOCK):
-                loop.run(BLOCK, None, total if restarts == 1 else [total] * restarts)
+                loop.advance(BLOCK, None, total if restarts == 1 else [total] * restarts)
 
     return turn
 
@@ -145,9 +137,9 @@ def fits(name: str) -> None:
     print(f"  {'restarts':>8}{'at once':>10}{'in turn':>10}{'eager':>10}")
     seconds(1)
     for many in MANY:
-        seconds(many)  # leaves its program on disk
+        seconds(many)  # leaves its machine code on disk
         at_once = seconds(many)
-        # With a rule of the caller's own for when to stop they run one after the other.
+        # With a callback they run one after the other.
         in_turn = seconds(many, callback=lambda look: False) if many <= 10 else float("nan")
         eager = seconds(many, compile=False) if many == 1 else float("nan")
         print(f"  {many:8}{at_once:10.1f}{in_turn:10.1f}{eager:10.1f}", flush=True)

@@ -22,7 +22,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -269,6 +270,19 @@ def eager(problem: Problem, data: dict[str, torch.Tensor], jit: bool, validate: 
     return turn
 
 
+@dataclass
+class Parts:
+    """What our steps are made of, see ``vi_toolkit.compiled.running_fit.FitParts``."""
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    data: Mapping[str, Any]
+    estimator: Any
+    optimizer: torch.optim.Optimizer
+    plan: PlatePlan | None
+    leaves: list[torch.Tensor]
+
+
 def compiled(problem: Problem, data: dict[str, torch.Tensor]) -> Turn:
     """Ours: blocks of compiled steps, with the sums that iterate averaging needs."""
     plan = None if problem.plan is None else PlatePlan(*problem.plan, cut=None)
@@ -287,14 +301,15 @@ def compiled(problem: Problem, data: dict[str, torch.Tensor]) -> Turn:
         leaves = unique_leaves()
         optimizer = torch.optim.Adam(leaves, lr=RATE)
         optimizer.step()
-        steps = CompiledSteps(problem.model, guide, data, loss, optimizer, plan, leaves)
+        parts = Parts(problem.model, guide, data, loss, optimizer, plan, leaves)
+        steps = CompiledSteps(parts)
         steps.loop(None if plan is None else plan.batch)
 
     def turn(number: int) -> None:
         with isolated_pyro_state(store):
             while number > 0:
                 many = min(number, BLOCK)
-                steps.take(many, batches.several(many) if batches else None)
+                steps.advance(many, batches.several(many) if batches else None)
                 number -= many
 
     return turn

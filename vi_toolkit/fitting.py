@@ -26,7 +26,8 @@ from vi_toolkit.programs.integers import as_integer
 from vi_toolkit.programs.workspace import Workspace
 from vi_toolkit.result import DEFAULT_RATE, Fit
 from vi_toolkit.stochastic.restarts import run_restarts
-from vi_toolkit.stochastic.run import Optimizer, Schedule, Settings, StochasticRun
+from vi_toolkit.stochastic.run import Optimizer, Settings, StochasticRun
+from vi_toolkit.stochastic.schedule import Schedule
 
 Run = DeterministicRun | StochasticRun
 SEED_STEP = 7919  # from restart to restart
@@ -76,8 +77,9 @@ def fit(
             Estimators other than ``Reparam`` are stochastic.
         optimizer: first learning rate of Adam (0.02 if None), or a function from a list of
             parameters to a ``torch.optim.Optimizer``. Stochastic.
-        schedule: function from the optimizer to a ``torch.optim.lr_scheduler``, stepped after each
-            optimiser step; it replaces the built-in annealing. Needs ``steps``. Stochastic.
+        schedule: function from the optimizer to one of ``torch.optim.lr_scheduler``, stepped after
+            each optimiser step. It replaces the built-in annealing, and the error of the result is
+            then not estimated. Needs ``steps``. Stochastic.
         method: ``"auto"``, ``"deterministic"`` or ``"stochastic"``. Arguments marked "Stochastic"
             make ``"auto"`` choose the stochastic method.
         steps: number of optimiser steps; None runs until convergence. Stochastic.
@@ -175,7 +177,7 @@ def fit(
 
     def stochastic(workspace: Workspace, estimator: ELBO) -> tuple[Sequence[Run], bool]:
         rate = DEFAULT_RATE if optimizer is None else optimizer
-        settings = Settings(estimator, rate, schedule, average, compile)
+        settings = Settings(estimator, rate, average, compile, schedule, steps)
         return run_restarts(workspace, settings, steps, seeds, callback, progress, failed)
 
     runs: Sequence[Run]

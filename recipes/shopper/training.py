@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoNormal
+from torch.optim.lr_scheduler import LambdaLR
 
 import vi_toolkit as vi
 
 from .fast import fast_model
 from .guide import mean_field
-from .schedule import CosineAdam
+from .schedule import cosine
 from .trips import Trips
 
 POSITIVE = ("price_effect", "price_sensitivity", "habit_rate")
@@ -46,7 +48,8 @@ def fit_trips(
         guide,
         train.arguments(**options),
         estimator=vi.Reparam(analytic_kl=isinstance(guide, AutoNormal)),
-        optimizer=lambda params: CosineAdam(params, rate, steps),
+        optimizer=partial(torch.optim.Adam, lr=rate, betas=(0.9, 0.99), fused=True),
+        schedule=lambda optimizer: LambdaLR(optimizer, partial(cosine, steps=steps)),
         steps=steps,
         subsample={"trips": min(batch, len(train))},
         seed=seed,

@@ -1,4 +1,4 @@
-"""The shared library of a program: made quickly, or else as inductor makes it."""
+"""The shared library of a graph: made quickly, or else as inductor makes it."""
 
 import subprocess
 
@@ -26,15 +26,15 @@ def fitted(compile):
 
 @pytest.fixture
 def built(monkeypatch, tmp_path):
-    """Programs are compiled anew; the commands that this takes."""
+    """Compiles everything anew; yields the commands that this takes."""
     commands = []
     start = subprocess.Popen.__init__
 
-    def watched(self, args, *rest, **options):
+    def noting(self, args, *rest, **options):
         commands.append(list(args))
         start(self, args, *rest, **options)
 
-    monkeypatch.setattr(subprocess.Popen, "__init__", watched)
+    monkeypatch.setattr(subprocess.Popen, "__init__", noting)
     monkeypatch.setattr(aot_cache, "FORMAT", str(tmp_path))
     return commands
 
@@ -54,12 +54,12 @@ def test_the_compiler_is_given_one_file_which_allocates_before_its_loop(built, m
     tested = cpu_vec_isa.valid_vec_isa_list
     texts = []
 
-    def watched(source):
+    def noting(source):
         texts.append((source, allocate_once(source)))
         return texts[-1][1]
 
     allocate_once = build.allocate_once
-    monkeypatch.setattr(build, "allocate_once", watched)
+    monkeypatch.setattr(build, "allocate_once", noting)
     assert_as_eager(fitted(True))
     assert len(sources(built)) == len(texts) <= 2  # the loop, and what leaves it
     assert cpu_vec_isa.valid_vec_isa_list is tested
@@ -86,6 +86,19 @@ def test_where_that_fails_inductor_makes_the_library(built, monkeypatch, text, r
     assert any(name.endswith(".kernel.cpp") for name in sources(built))
 
 
+def test_a_setting_that_inductor_needs_and_does_not_have_leaves_the_build_to_it(built, monkeypatch):
+    monkeypatch.setattr(build, "_ONLY_CPP", {"aot_inductor.no_such_setting": True})
+    assert_as_eager(fitted(True))
+    assert any(name.endswith(".kernel.cpp") for name in sources(built))
+
+
+def test_a_setting_for_speed_that_inductor_does_not_have_is_left_out(built, monkeypatch):
+    monkeypatch.setitem(build._FASTER, "no_such_setting", 1)
+    monkeypatch.setitem(build._NO_DEBUGGER, "aot_inductor.no_such_setting", False)
+    assert_as_eager(fitted(True))
+    assert not any(name.endswith(".kernel.cpp") for name in sources(built))
+
+
 @pytest.mark.parametrize(
     ("there", "found"),
     [
@@ -103,7 +116,7 @@ def test_a_folder_that_has_lost_a_file_has_no_library(tmp_path, there, found):
 
 
 def test_a_library_that_has_lost_a_file_is_made_again(monkeypatch, tmp_path):
-    """Of a program with operators that need a description: draws from a Gamma distribution."""
+    """Some operators need a description beside the library: draws from a Gamma distribution."""
 
     def guide(y):
         a = pyro.param("a", torch.tensor(2.0), constraint=dist.constraints.positive)
@@ -131,7 +144,7 @@ def test_cpp_of_another_form_is_left_to_inductor():
         build.without_its_container('\n} // extern "C"\nint main() {}', 1)
 
 
-def test_what_inductor_believes_of_the_processor_is_as_before_after_an_error():
+def test_inductors_list_of_vector_instructions_is_restored_after_an_error():
     from torch._inductor import cpu_vec_isa
 
     tested = cpu_vec_isa.valid_vec_isa_list

@@ -13,6 +13,7 @@ import vi_toolkit as vi
 from tests.models import regression, regression_data
 from vi_toolkit import fitting
 from vi_toolkit.compiled import density
+from vi_toolkit.machine_code import compile_joint
 from vi_toolkit.programs.joint import Joint
 from vi_toolkit.reference import nuts
 from vi_toolkit.reference.nuts import nuts_draws
@@ -20,7 +21,7 @@ from vi_toolkit.reference.nuts import nuts_draws
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The same program, run operation by operation instead of compiled."""
+    """Runs the graph operation by operation instead of compiling it."""
     monkeypatch.setattr(density, "compile_graph", lambda graph, inputs: lambda x: graph(*x))
 
 
@@ -88,7 +89,7 @@ def assert_the_same(joint, u):
 @pytest.mark.usefixtures("interpreted")
 def test_gradients_are_the_models(model, data, count):
     joint = Joint(model, data)
-    joint.compile(insist=True)
+    compile_joint(joint, insist=True)
     assert joint.compiled is not None
     assert_the_same(joint, points(joint, count))
 
@@ -96,7 +97,7 @@ def test_gradients_are_the_models(model, data, count):
 def test_machine_code_follows_data_that_change_in_place():
     data = {k: v.clone() for k, v in EIGHT.items()}
     joint = Joint(schools, data)
-    joint.compile(insist=True)
+    compile_joint(joint, insist=True)
     u = points(joint, 21)
     assert_the_same(joint, u)
     before = joint.gradients(u)[1]
@@ -114,7 +115,7 @@ def test_a_point_without_a_density_is_nan_and_spoils_no_other():
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), matrix), obs=y)
 
     joint = Joint(covariance, {"y": PAIRS[0]})
-    joint.compile(insist=True)
+    compile_joint(joint, insist=True)
     u = torch.tensor([[0.3], [2.0], [-0.5]]).repeat(4, 1)  # 2 makes the matrix indefinite
     value = joint.gradients(u)[1]
     assert torch.isfinite(value).tolist() == 4 * [True, False, True]
@@ -159,12 +160,12 @@ def changing(y):
     ],
     ids=["global", "print", "attribute", "data"],
 )
-def test_what_a_program_would_not_repeat_is_refused(model, says):
+def test_what_machine_code_would_not_repeat_is_refused(model, says):
     joint = Joint(model, {"y": EIGHT["y"].clone()})
     with pytest.raises(vi.CompileError, match=says):
-        joint.compile(insist=True)
+        compile_joint(joint, insist=True)
     with pytest.warns(vi.CompileWarning, match="evaluated eagerly"):
-        joint.compile()
+        compile_joint(joint)
     assert joint.compiled is None
 
 
@@ -174,7 +175,7 @@ def test_wrong_machine_code_is_found(monkeypatch):
 
     monkeypatch.setattr(density, "compile_graph", wrong)
     with pytest.raises(vi.CompileError, match="differs from the model's"):
-        Joint(schools, EIGHT).compile(insist=True)
+        compile_joint(Joint(schools, EIGHT), insist=True)
 
 
 # ------------------------------------------------------------------ in use
@@ -195,7 +196,6 @@ def test_a_deterministic_fit_is_the_same_compiled(guide, monkeypatch):
     assert vi.fit(regression, guide, regression_data(), progress=False).joint.compiled is not None
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.script")  # torch's own, of its first Hessian
 def test_a_fit_that_cannot_be_compiled_is_eager_and_says_so(monkeypatch):
     def fails(graph, inputs):
         raise vi.CompileError("there is no working C++ compiler")

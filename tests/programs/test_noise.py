@@ -149,6 +149,16 @@ def test_beta_and_dirichlet_sites_are_drawn_in_one_batch(kind, plate):
     assert ((found.mean(0) - exact).abs() <= Z * error).all()
 
 
+def test_a_distribution_made_of_a_dirichlet_is_drawn_as_itself():
+    def draw(_):
+        with FunctionalNoise():
+            return pyro.sample("counts", dist.DirichletMultinomial(torch.ones(3), 5.0))
+
+    draws = Batched(draw, random=True)(torch.zeros(20))
+    assert draws.shape == (20, 3)
+    assert (draws.sum(-1) == 5).all() and (draws == draws.round()).all()
+
+
 def test_a_distribution_made_while_validation_was_on_is_batched():
     with pyro.validation_enabled(True):
         fn = dist.Normal(torch.tensor(0.0), torch.tensor(1.0), validate_args=True)

@@ -1,10 +1,11 @@
-"""The memory of a compiled loop, allocated once instead of at every step.
+"""Moves the allocations of a compiled loop out of the loop.
 
-Inductor's C++ allocates each intermediate tensor of a loop's body anew in each iteration and makes
-a new handle of every input: for a small model about fifty allocations, which take longer than its
-arithmetic. All of these tensors have fixed shapes and are dead when the iteration ends, so they
-may as well be allocated before the loop. The new state is written where the state before the last
-one was: the two change places after each iteration. So the program writes into its inputs.
+Inductor's C++ allocates every intermediate tensor of a loop's body in each iteration, and makes a
+new handle for every input. For a small model these are about fifty allocations, which take longer
+than the arithmetic. All of these tensors have fixed shapes and are dead at the end of the
+iteration, so they can be allocated once, before the loop. The new state is written to where the
+state before the last one was: the two swap places after each iteration. So the machine code
+overwrites its inputs.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ _WORD = re.compile(r"\w+")
 
 
 def allocate_once(source: str) -> str:
-    """C++ of a program with one ``while`` loop, with the allocations of its body before it.
+    """Rewrite C++ that has one ``while`` loop so that its body allocates nothing.
 
-    The new state takes the place of the old one, whose memory it has in the next iteration. Any
-    other name that may be part of what leaves an iteration stays as it is: the names that are
-    moved out, those they are views of or reuse the memory of, and all arguments of a call that
-    made one. A program of any other form is returned unchanged.
+    The new state swaps places with the old one. Any other tensor that may be needed after the
+    iteration is still allocated in it: tensors that are moved out, tensors that these are views of
+    or share memory with, and all arguments of a call that made one.
+
+    Args:
+        source: C++ that inductor wrote.
+
+    Returns:
+        The rewritten C++, or ``source`` itself if it has another form.
 
     Example:
         >>> print(allocate_once('''
@@ -59,13 +65,13 @@ def allocate_once(source: str) -> str:
         return source
     body, after = rest.split(_END, 1)
     lines = body.split("\n")
-    if any(line.endswith("{") for line in lines):  # a loop or a branch within
+    if any(line.endswith("{") for line in lines):  # an inner loop or branch
         return source
     swapped = _new_states(before, lines)
-    kept_as_they_are = _leaving(lines) - swapped.keys()
-    once: list[str] = []
-    each: list[str] = []
-    outside: set[str] = set()  # tensors that now live outside of the loop
+    untouched = _leaving(lines) - swapped.keys()
+    once: list[str] = []  # lines before the loop
+    each: list[str] = []  # lines in it
+    outside: set[str] = set()  # tensors that are now allocated before the loop
     inputs: set[str] = set()  # other names for the loop's state
     position = 0
     while position < len(lines):
@@ -78,7 +84,7 @@ def allocate_once(source: str) -> str:
         elif (new := _new_state(three)) in swapped:
             each.append(f"        std::swap({swapped[new]}, {new});")
             position += 1
-        elif name is None or name in kept_as_they_are:
+        elif name is None or name in untouched:
             if line.strip().removesuffix(".reset();") not in outside | inputs:
                 each.append(line)
         elif handle and "aoti_torch_empty_strided(" in three[1]:
@@ -99,7 +105,7 @@ def allocate_once(source: str) -> str:
         else:
             each.append(line)
         position += 1
-    # Whatever else would take one of these tensors from the iterations that follow.
+    # A line of another form may still take one of these tensors from later iterations.
     given_up = {n for line in each for n in _GIVEN_UP.findall(line) + _MOVED.findall(line)}
     if given_up & (outside | inputs):
         return source
@@ -107,13 +113,13 @@ def allocate_once(source: str) -> str:
 
 
 def _new_state(lines: list[str]) -> str:
-    """The name moved into the state by the first two of ``lines``; empty if none is."""
+    """The name that the first two of ``lines`` move into the state; empty if they do not."""
     match = _STATE.match("\n".join(lines[:2]))
     return match[2] if match else ""
 
 
 def _new_states(before: str, lines: list[str]) -> dict[str, str]:
-    """New state -> state, where the new one is allocated in the loop and only moved to the old."""
+    """New state -> old state, if the new one is allocated in the loop and only moved to the old."""
     found = {}
     for position in range(len(lines)):
         match = _STATE.match("\n".join(lines[position : position + 2]))
@@ -131,7 +137,7 @@ def _new_states(before: str, lines: list[str]) -> dict[str, str]:
 
 
 def _leaving(lines: list[str]) -> set[str]:
-    """Names whose tensor, or the memory of it, may be needed after the iteration."""
+    """Names of tensors that are, or whose memory is, perhaps needed after the iteration."""
     found: set[str] = set()
     reuses = [m for m in map(_REUSE.match, lines) if m]
     views = [m for m in map(_VIEW.match, lines) if m]

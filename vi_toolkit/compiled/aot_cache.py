@@ -1,9 +1,8 @@
-"""From a traced step to machine code: a loop of K optimiser steps per call.
+"""Machine code for graphs: loaded, found on disk or built.
 
-The traced step, the optimiser's update, the running sum of the iterates and the ELBO's history
-become the body of a ``while_loop``. Inductor compiles the loop ahead of time (AOTInductor) into
-one shared library that is called with tensors only: no guards, no Python between steps. Libraries
-are kept in a folder, where the next process finds them.
+The loop around a step is compiled ahead of time (AOTInductor) into a shared library that is called
+with tensors only, without guards and without Python between steps. Libraries are kept in a folder,
+where the next process finds them.
 """
 
 from __future__ import annotations
@@ -12,25 +11,22 @@ import contextlib
 import functools
 import getpass
 import hashlib
-import linecache
-import logging
 import operator
 import os
 import platform
 import re
 import tempfile
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from vi_toolkit.compiled.build import build, entry, find
+from vi_toolkit import torch_private
+from vi_toolkit.compiled.build import build, entry, find, no_compiler
+from vi_toolkit.compiled.quiet import quiet
 from vi_toolkit.errors import CompileError
-from vi_toolkit.programs.isolation import kept_random_state
 
 Tensors = list[torch.Tensor]
 
@@ -40,62 +36,22 @@ _TRUSTED = (0,)  # root
 _loaded: OrderedDict[str, Callable[[Tensors], Tensors]] = OrderedDict()
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Deprecations inside torch and notes of its compiler are not the user's business; the model's
-    own warnings came when it ran eagerly."""
-    compiler = logging.getLogger("torch._inductor")
-    level = compiler.level
-    compiler.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        compiler.setLevel(level)
-
-
-@contextlib.contextmanager
-def forgetting_sources() -> Iterator[None]:
-    """torch.fx keeps the text of every graph for ever, in case a traceback wants to show it: some
-    200 KB for a fit. Here that of the graphs made within is given back at the end."""
-    loader = getattr(torch.fx.graph_module, "_loader", None)
-    texts: dict[str, str] = getattr(loader, "eval_cache", {})
-    before = set(texts)
-    try:
-        yield
-    finally:
-        for name in set(texts) - before:
-            texts.pop(name, None)
-            linecache.cache.pop(name, None)
-
-
-def functional(body: Callable[..., Any], example: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
-    """Trace a function of tensors once more, without in-place operations."""
-    try:
-        with quiet(), kept_random_state():
-            graph = make_fx(torch.func.functionalize(body, remove="mutations"))(*example)
-    except Exception as error:
-        text = str(error).split("\n")[0][:200]
-        raise CompileError(f"it cannot be traced ({type(error).__name__}: {text})") from error
-    graph.graph.eliminate_dead_code()
-    return graph
-
-
 def compile_loop(
     body: torch.fx.GraphModule,
     carried: Sequence[torch.Tensor],
     fixed: Sequence[torch.Tensor],
     checked: bool,
 ) -> Callable[[Tensors], Tensors]:
-    """Compile ``while i < n: i, *carried = body(i, *carried, n, *fixed)``.
+    """Compile ``while i < n: i, *carried = body(i, *carried, n, *fixed)``, starting at ``i = 0``.
 
-    The first of ``fixed`` is n. The same loop is compiled once per process and its library is kept
-    in inductor's cache folder, where the next process finds it. ``checked``: whether the loop looks
-    at every index before it uses it.
+    Args:
+        body: the graph of the loop's body.
+        carried: examples of the tensors that change from iteration to iteration.
+        fixed: examples of those that do not; the first is n.
+        checked: whether the loop tests that every index is in range before it uses it.
 
     Returns:
-        Function of [*carried, *fixed] that returns [i, *carried], and may write into the carried
+        Function of [*carried, *fixed] that returns [i, *carried]. It may overwrite the carried
         tensors that it is given.
 
     Raises:
@@ -104,39 +60,75 @@ def compile_loop(
     inputs = [*carried, *fixed]
     key = _key(f"loop {len(carried)} {checked}", body, inputs)
     options = {"assert_indirect_indexing": checked}
-    return _program(key, lambda: _loop(body, len(carried), len(inputs)), inputs, options)
+    return _machine_code(key, lambda: _loop(body, len(carried), len(inputs)), inputs, options)
 
 
 def compile_graph(
     graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]
 ) -> Callable[[Tensors], Tensors]:
-    """Compile a graph as it is, to be called with a list of tensors like ``inputs``.
+    """Compile a graph into a function of a list of tensors like ``inputs``.
 
     Raises:
-        CompileError: there is no working C++ compiler, or inductor cannot compile it.
+        CompileError: there is no working C++ compiler, or inductor cannot compile the graph.
     """
-    return _program(_key("once", graph, inputs), lambda: graph, inputs, {})
+    return _machine_code(_key("once", graph, inputs), lambda: graph, inputs, {})
 
 
-def _program(
+def check_folder() -> None:
+    """Make the cache folder.
+
+    This must happen before inductor is imported, which looks for a cache folder as well.
+
+    Raises:
+        CompileError: the folder cannot be made, or belongs to another user, whose machine code we
+            do not load.
+    """
+    folder = _folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompileError(compile_reason(error)) from error
+    if hasattr(os, "getuid") and folder.stat().st_uid not in (*_TRUSTED, os.getuid()):
+        raise CompileError(
+            f"the cache folder {folder} belongs to another user (set TORCHINDUCTOR_CACHE_DIR to "
+            "one of your own)"
+        )
+
+
+def compile_reason(error: Exception) -> str:
+    """Why compiling failed, as a clause."""
+    name, text = type(error).__name__, str(error)
+    if no_compiler(error):
+        return "there is no working C++ compiler (set CXX to one)"
+    if "CppCompileError" in name + text:
+        return f"the C++ compiler failed ({text.strip().splitlines()[-1][:200]})"
+    if isinstance(error, OSError):
+        return f"the cache folder cannot be used ({text}); set TORCHINDUCTOR_CACHE_DIR to another"
+    return f"inductor cannot compile it ({name}: {(text.strip().splitlines() or [''])[0][:200]})"
+
+
+def _machine_code(
     key: str,
     graph: Callable[[], torch.fx.GraphModule],
     inputs: Sequence[torch.Tensor],
     options: Mapping[str, Any],
 ) -> Callable[[Tensors], Tensors]:
-    """The machine code of that name: loaded, found on disk or made."""
+    """The machine code with this key."""
     if key not in _loaded:
         try:
             folder = _folder() / key
-            if find(folder) is None:
-                with quiet():
+            with quiet():
+                if find(folder) is None:
                     build(graph(), inputs, folder, options)
-            runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(find(folder)), 1)
-        except (KeyboardInterrupt, CompileError):
+                library = find(folder)
+                if library is None:
+                    raise CompileError(f"no library was made in {folder}")
+                loaded = torch_private.load_library(str(library), 1)
+        except CompileError:
             raise
         except Exception as error:
             raise CompileError(compile_reason(error)) from error
-        _loaded[key] = runner.run
+        _loaded[key] = loaded.run
         if len(_loaded) > _MOST_LOADED:
             _loaded.popitem(last=False)
     _loaded.move_to_end(key)
@@ -144,7 +136,7 @@ def _program(
 
 
 def _key(kind: str, body: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> str:
-    """Everything that the machine code depends on: the same key means the same program."""
+    """Digest of everything that the machine code depends on."""
     text = "\n".join(
         [
             FORMAT,
@@ -171,7 +163,7 @@ def _machine() -> str:
 
 
 def _folder() -> Path:
-    """Inside inductor's cache folder, found without importing inductor (which takes a while)."""
+    """Our part of inductor's cache folder. (Importing inductor to ask for it takes seconds.)"""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given:
         return Path(given) / "vi_toolkit"
@@ -179,26 +171,8 @@ def _folder() -> Path:
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}" / "vi_toolkit"
 
 
-def check_folder() -> None:
-    """Make the cache folder, before torch's own imports look for it.
-
-    Raises:
-        CompileError: it cannot be made, or is another user's, whose machine code we do not load.
-    """
-    folder = _folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CompileError(compile_reason(error)) from error
-    if hasattr(os, "getuid") and folder.stat().st_uid not in (*_TRUSTED, os.getuid()):
-        raise CompileError(
-            f"the cache folder {folder} belongs to another user; TORCHINDUCTOR_CACHE_DIR names "
-            "another"
-        )
-
-
 def _loop(body: torch.fx.GraphModule, carried: int, inputs: int) -> torch.fx.GraphModule:
-    # Written by hand, as one comparison needs no tracing.
+    """The graph of a ``while`` loop around a body, written by hand because tracing is slower."""
     test = torch.fx.Graph()
     nodes = [test.placeholder(f"arg{k}") for k in range(inputs + 1)]
     test.output(test.call_function(torch.ops.aten.lt.Tensor, (nodes[0], nodes[1 + carried])))
@@ -221,15 +195,3 @@ def _loop(body: torch.fx.GraphModule, carried: int, inputs: int) -> torch.fx.Gra
         tuple(outer.call_function(operator.getitem, (loop, k)) for k in range(carried + 1))
     )
     return torch.fx.GraphModule(root, outer)
-
-
-def compile_reason(error: Exception) -> str:
-    """Why something could not be compiled, in a sentence."""
-    name, text = type(error).__name__, str(error)
-    if "InvalidCxxCompiler" in name + text or "No working C++ compiler" in text:
-        return "there is no working C++ compiler (set CXX to one)"
-    if "CppCompileError" in name + text:
-        return f"the C++ compiler failed ({text.strip().splitlines()[-1][:200]})"
-    if isinstance(error, OSError):
-        return f"the cache folder cannot be used ({text}); TORCHINDUCTOR_CACHE_DIR names another"
-    return f"inductor cannot compile it ({name}: {(text.strip().splitlines() or [''])[0][:200]})"

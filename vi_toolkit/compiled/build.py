@@ -1,12 +1,12 @@
-"""From a graph to a shared library: inductor writes C++, the system's compiler translates it.
+"""Builds a shared library for a graph: inductor writes C++, the system's compiler translates it.
 
-The first compilation is what a user waits for, and most of it would be the compiler's work on what
-surrounds a program rather than on the program. So inductor is asked for the C++ only; what it puts
-around the program to load and call it is replaced by the few functions needed
-(``entry.h``), and memory is allocated before the loop
-(:mod:`~vi_toolkit.compiled.allocation`). Nor is a test program built for each kind of vector
-instructions that the processor has. Where any of this fails, as with a compiler or a version of
-torch that differ, inductor compiles everything its own way.
+A user waits for the first compilation, and most of it would be spent on code around the graph
+rather than on the graph. So there is a quick way and inductor's own way. In the quick way inductor
+writes the C++ only. The code that it puts around the graph's, to load and call it, is replaced by
+the few functions that are needed (``entry.h``). Memory is allocated before the loop
+(:mod:`~vi_toolkit.compiled.allocation`), and no test programs are built to find out which vector
+instructions the compiler knows. If the quick way fails for any reason, as it may with another
+version of torch or another compiler, inductor builds the library its own way.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from unittest import mock
 
 import torch
 
+from vi_toolkit import torch_private
 from vi_toolkit.compiled.allocation import allocate_once
+from vi_toolkit.compiled.interrupts import interrupt_kept
 
-# Elements per thread from which a loop is shared among threads: waking one takes as long as
+# Elements per thread from which a loop is shared among threads: waking a thread takes as long as
 # several thousand operations.
 LEAST_SHARE = 2**14
 _patching = threading.Lock()
@@ -38,47 +40,51 @@ def build(
     folder: Path,
     options: Mapping[str, Any],
 ) -> None:
-    """Make ``folder``, where :func:`find` finds the library, complete or not at all.
+    """Make ``folder``, complete with the library, or leave it as it is.
 
     Args:
         graph: a function of tensors like ``inputs``.
+        inputs: examples of its inputs.
+        folder: where :func:`find` will find the library.
         options: further settings of inductor.
-    """
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
+    Raises:
+        KeyboardInterrupt: the build was interrupted.
+        Exception: whatever torch raises if there is no C++ compiler, or inductor fails.
+    """
     scratch = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
     try:
         kept = scratch / "kept"
-        kept.mkdir()
-        with trusting_the_processor():
-            _write(graph, inputs, scratch, {**options, **_ONLY_CPP})
-            try:
-                _translate(graph, scratch)
-                torch._C._aoti.AOTIModelContainerRunnerCpu(str(_keep(scratch, kept)), 1)
-                quickly = True
-            except InvalidCxxCompiler:
+        try:
+            with interrupt_kept():
+                kept.mkdir()
+                with trusting_the_processor():
+                    _write(graph, inputs, scratch, _ONLY_CPP, {**options, "size_asserts": False})
+                    _translate(graph, scratch)
+                # Loading shows whether torch finds the functions that it needs.
+                torch_private.load_library(str(_keep(scratch, kept)), 1)
+        except Exception as error:
+            if no_compiler(error):
                 raise
-            except (CppCompileError, RuntimeError, ValueError):
-                quickly = False
-        if not quickly:
             for path in scratch.iterdir():
                 _remove(path)
-            kept.mkdir()
-            _write(graph, inputs, scratch, options)
-            _keep(scratch, kept)
-        if find(folder) is None:  # what is left of one, perhaps
+            with interrupt_kept():
+                kept.mkdir()
+                _write(graph, inputs, scratch, {}, options)
+                _keep(scratch, kept)
+        if find(folder) is None:  # the folder may exist and be incomplete
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was first: its library is the same
+        with contextlib.suppress(OSError):  # another process was faster and made the same library
             os.rename(kept, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def find(folder: Path) -> Path | None:
-    """The library in a folder; None if it is not there, or not all of it.
+    """The library in a folder; None if it is missing or incomplete.
 
-    One that calls operators without a C++ binding has another name, by which torch looks for their
-    description beside it.
+    A library that calls operators without a C++ binding has another name, because torch looks for
+    their description next to it, under the same name.
     """
     alone, described = folder / "step.so", folder / "operators.so"
     if alone.exists():
@@ -86,24 +92,29 @@ def find(folder: Path) -> Path | None:
     return described if described.exists() and described.with_suffix(".json").exists() else None
 
 
+def no_compiler(error: Exception) -> bool:
+    """Whether an error of inductor means that there is no working C++ compiler."""
+    text = f"{type(error).__name__} {error}"
+    return "InvalidCxxCompiler" in text or "No working C++ compiler" in text
+
+
 def without_its_container(source: str, outputs: int) -> str:
-    """C++ that inductor wrote for ahead-of-time use, with ``entry.h`` in place of what it puts
-    around the program.
+    """C++ that inductor wrote, with ``entry.h`` in place of the code that loads and calls it.
 
     Args:
-        source: the program, with the kernels that it calls.
+        source: the C++ of a graph and of the kernels that it calls.
         outputs: number of tensors that it returns.
 
     Raises:
-        ValueError: it has not the form that inductor's C++ had when this was written.
+        ValueError: inductor has written it in a form that is not known here.
     """
     _, _, rest = source.partition('\n} // extern "C"\n')
     declarations, found, rest = rest.partition("AOTInductorModel::AOTInductorModel(")
-    _, run, program = rest.partition("void AOTInductorModel::run_impl(")
-    if not (declarations and found and program):
+    _, signature, body = rest.partition("void AOTInductorModel::run_impl(")
+    if not (declarations and found and body):
         raise ValueError("inductor writes its C++ in another form")
-    program = program.replace("__check_inputs_outputs(input_handles, output_handles);", "", 1)
-    return f"#define NUMBER_OF_OUTPUTS {outputs}\n{entry()}{declarations}{run}{program}"
+    body = body.replace("__check_inputs_outputs(input_handles, output_handles);", "", 1)
+    return f"#define NUMBER_OF_OUTPUTS {outputs}\n{entry()}{declarations}{signature}{body}"
 
 
 @functools.cache
@@ -112,16 +123,17 @@ def entry() -> str:
     return Path(__file__).with_name("entry.h").read_text()
 
 
-# ------------------------------------------------------------- one way and the other
+# ------------------------------------------------------------- the two ways
 
-_FOR_NO_DEBUGGER = {
+_NO_DEBUGGER = {
     "aot_inductor.enable_line_tables": False,
     "aot_inductor.enable_frame_pointer": False,
 }
-_ONLY_CPP = {
-    "aot_inductor.package": True,
-    "aot_inductor.package_cpp_only": True,
-    "size_asserts": False,  # each program is called with tensors of the shapes it was made for
+_ONLY_CPP = {"aot_inductor.package": True, "aot_inductor.package_cpp_only": True}
+_FASTER = {
+    "compile_threads": 1,  # no pool of worker processes for one file
+    "cpp.min_chunk_size": LEAST_SHARE,
+    "aot_inductor.precompile_headers": False,  # 290 MB on disk, and seconds to make
 }
 
 
@@ -129,45 +141,58 @@ def _write(
     graph: torch.fx.GraphModule,
     inputs: Sequence[torch.Tensor],
     scratch: Path,
+    needed: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> None:
-    """Have inductor write what ``options`` ask for into a folder: C++, or a library as well."""
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx_aot
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    """Let inductor write into a folder: C++ and a library, or C++ only.
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    Args:
+        needed: settings that say what to write; an error if this version does not have them.
+        options: settings that make the result faster, left out if this version does not have them.
+    """
+    fake_tensors = torch_private.FakeTensorMode(
+        shape_env=torch_private.ShapeEnv(), allow_non_fake_inputs=True
+    )
     settings = {
-        "fallback_random": True,  # torch's own generator: the same draws as eagerly
-        "compile_threads": 1,  # no pool of worker processes for one file
-        "cpp.min_chunk_size": LEAST_SHARE,
-        "aot_inductor.precompile_headers": False,  # 290 MB on disk, and seconds to make
+        **_known({**_FASTER, **options}),
+        **needed,
+        "fallback_random": True,  # torch's generator, so that the draws are those of eager steps
         "aot_inductor.output_path": str(scratch / "step.so"),
-        **options,
     }
-    with tracing(TracingContext(mode)), torch.no_grad():
-        fake: list[Any] = [mode.from_tensor(t.detach(), static_shapes=True) for t in inputs]
-        compile_fx_aot(graph, fake, config_patches=settings)
+    context = torch_private.TracingContext(fake_tensors)
+    with torch_private.tracing(context), torch.no_grad():
+        fake = [fake_tensors.from_tensor(t.detach(), static_shapes=True) for t in inputs]
+        torch_private.compile_fx_aot(graph, fake, config_patches=settings)
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that this version of inductor has."""
+    known = {}
+    for name, value in settings.items():
+        with (
+            contextlib.suppress(AttributeError, KeyError),
+            torch_private.inductor_config.patch({name: value}),
+        ):
+            known[name] = value
+    return known
 
 
 def _translate(graph: torch.fx.GraphModule, scratch: Path) -> None:
     """Compile the C++ in ``scratch`` into ``step.so``."""
-    from torch._inductor import config
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
     (written,) = scratch.glob("*.wrapper.cpp")
     (result,) = (node for node in graph.graph.nodes if node.op == "output")
     source = without_its_container(written.read_text(), len(result.args[0]))
     (scratch / "step.cpp").write_text(allocate_once(source))
-    with config.patch(_FOR_NO_DEBUGGER):
-        settings = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu", aot_mode=True)
-    CppBuilder("step", str(scratch / "step.cpp"), settings, str(scratch)).build()
+    vectors = torch_private.cpu_vec_isa.pick_vec_isa()
+    with torch_private.inductor_config.patch(_known(_NO_DEBUGGER)):
+        settings = torch_private.CppTorchDeviceOptions(
+            vec_isa=vectors, device_type="cpu", aot_mode=True
+        )
+    torch_private.CppBuilder("step", str(scratch / "step.cpp"), settings, str(scratch)).build()
 
 
 def _keep(scratch: Path, kept: Path) -> Path:
-    """Move the library, and what describes its operators, to where they stay."""
+    """Move the library, and the description of its operators, to the folder that stays."""
     described = list(scratch.glob("*.wrapper.json"))
     library = kept / ("operators.so" if described else "step.so")
     os.rename(scratch / "step.so", library)
@@ -185,9 +210,11 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def trusting_the_processor() -> Iterator[None]:
-    """Within, inductor writes for the vector instructions that the processor has, without building
-    a test program for each kind to see whether the compiler knows them."""
-    from torch._inductor import cpu_vec_isa as isa
+    """Let inductor use the vector instructions of the processor without testing the compiler.
+
+    Inductor would build a test program for each kind of instructions.
+    """
+    isa = torch_private.cpu_vec_isa
 
     def trusted(kind: type) -> Any:
         return type(kind.__name__, (kind,), {"__bool__": lambda _: True})()
@@ -195,7 +222,7 @@ def trusting_the_processor() -> Iterator[None]:
     has = isa.x86_isa_checker()
     kinds = (("avx512", isa.VecAVX512), ("avx2", isa.VecAVX2))
     found = [trusted(kind) for name, kind in kinds if name in has]
-    if not found:  # another kind of processor, for which there is but one test
+    if not found:  # other processors have one kind of instructions, so there is only one test
         yield
         return
     with _patching, mock.patch.object(isa, "valid_vec_isa_list", return_value=found):

@@ -1,9 +1,8 @@
-// What stands around the code that inductor writes for a program: the functions by which torch's
-// runner (AOTIModelContainerRunner) loads and calls it.
+// The functions by which torch's runner (AOTIModelContainerRunner) loads and calls a library.
 //
-// inductor's own version of them also serves weights, several copies of a model and the folding of
-// constants. A program here has none of that, and the compiler takes twice as long for it as for all
-// the rest. NUMBER_OF_OUTPUTS is defined where this is included.
+// Inductor's own version of them also serves weights, several copies of a model and the folding of
+// constants. Our libraries have none of these, and the compiler spends twice as long on them as on
+// everything else. NUMBER_OF_OUTPUTS is defined before this text.
 
 #include <array>
 #include <memory>
@@ -40,19 +39,19 @@ static thread_local std::string last_error;
 extern "C" {
 
 AOTIRuntimeError AOTInductorModelContainerCreateWithDevice(
-    void** program, size_t, const char*, const char*) {
-  *program = new torch::aot_inductor::AOTInductorModel();
+    void** model, size_t, const char*, const char*) {
+  *model = new torch::aot_inductor::AOTInductorModel();
   return AOTI_RUNTIME_SUCCESS;
 }
 
-AOTIRuntimeError AOTInductorModelContainerDelete(void* program) {
-  delete static_cast<torch::aot_inductor::AOTInductorModel*>(program);
+AOTIRuntimeError AOTInductorModelContainerDelete(void* model) {
+  delete static_cast<torch::aot_inductor::AOTInductorModel*>(model);
   return AOTI_RUNTIME_SUCCESS;
 }
 
-// Callers have turned gradients off, and calls from several threads share nothing.
+// Callers turn gradients off, and calls from several threads share nothing.
 AOTIRuntimeError AOTInductorModelContainerRun(
-    void* program,
+    void* model,
     AtenTensorHandle* inputs,
     size_t,
     AtenTensorHandle* outputs,
@@ -60,7 +59,7 @@ AOTIRuntimeError AOTInductorModelContainerRun(
     void* stream,
     AOTIProxyExecutorHandle proxy_executor) {
   try {
-    static_cast<torch::aot_inductor::AOTInductorModel*>(program)->run_impl(
+    static_cast<torch::aot_inductor::AOTInductorModel*>(model)->run_impl(
         inputs, outputs, stream, proxy_executor);
     return AOTI_RUNTIME_SUCCESS;
   } catch (const std::exception& error) {
@@ -86,7 +85,7 @@ AOTIRuntimeError AOTInductorGetLastError(const char** text) {
   return AOTI_RUNTIME_SUCCESS;
 }
 
-// The runner looks for these when it loads a program, and calls them only for constants.
+// The runner looks these up when it loads a library, and calls them only if there are constants.
 #define ONLY_FOR_CONSTANTS(NAME) \
   AOTIRuntimeError NAME() {      \
     return AOTI_RUNTIME_FAILURE; \

@@ -1,9 +1,9 @@
-"""What a model or guide does besides computing with tensors.
+"""Finds out what a model or guide does besides computing with tensors.
 
-A compiled step holds no Python. If the model counts its calls, prints, reads a clock or a global
-that somebody changes, the compiled step would silently go on as on the day it was traced. So one
-ordinary step is watched for calls with an effect (:func:`effects`), and the Python values that the
-model, the guide and the functions they call can see are compared before and after, and again
+A compiled step contains no Python. If the model counts its calls, prints, or reads a clock or a
+global that somebody changes, the compiled step would silently go on as it was recorded. So the
+calls of one ordinary step are searched for side effects (:func:`effects`). The Python values that
+model, guide and the functions they call can see are compared before and after the step, and again
 later (:class:`PythonSnapshot`).
 """
 
@@ -35,7 +35,7 @@ def _library(name: str | None) -> bool:
 
 @contextlib.contextmanager
 def effects() -> Iterator[list[str]]:
-    """Collects the calls with an effect that code outside libraries makes in this thread.
+    """Collect the calls with side effects that code outside libraries makes in this thread.
 
     Example:
         >>> with effects() as found:
@@ -46,7 +46,7 @@ def effects() -> Iterator[list[str]]:
     """
     found: list[str] = []
 
-    def look(frame: types.FrameType, event: str, arg: Any) -> None:
+    def note(frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "c_call":
             if _library(frame.f_globals.get("__name__")):
                 return
@@ -70,13 +70,13 @@ def effects() -> Iterator[list[str]]:
 
     before: Any = sys.getprofile()
     states = random.getstate(), _numpy_state()
-    sys.setprofile(look)
+    sys.setprofile(note)
     try:
         yield found
     finally:
         if before is None or callable(before):
             sys.setprofile(before)
-        else:  # cProfile, which is no function
+        else:  # cProfile, which is not a function
             sys.setprofile(None)
             before.enable()
     if random.getstate() != states[0]:
@@ -93,15 +93,16 @@ def _numpy_state() -> tuple[bytes, int]:
 class PythonSnapshot:
     """The Python values that functions can see: globals, closures, attributes, containers.
 
-    Tensors count as the objects they are (their values are inputs of a compiled step); numbers,
-    text and small arrays by value; all else by identity, except for what a library keeps in its
-    own objects and may make anew at each call (the plates of an autoguide).
+    Tensors are compared by identity, because their values are inputs of a compiled step. Numbers,
+    text and small arrays are compared by value. Everything else is compared by identity, except for
+    what a library keeps in its own objects and may make new at each call (the plates of an
+    autoguide).
 
-    What it cannot see: state inside generators and C extensions, and what a library's object keeps
-    for itself. The comparison with eager steps is there for these.
+    State inside generators and C extensions, and what a library's object keeps for itself, is not
+    seen. The comparison with eager steps finds changes of these.
 
     Args:
-        roots: model, guide and the like.
+        roots: model, guide and other objects to start from.
 
     Example:
         >>> settings = types.SimpleNamespace(beta=1.0)
@@ -118,7 +119,7 @@ class PythonSnapshot:
         self.values = self._collect()
 
     def changed(self) -> str | None:
-        """Name of a value that is no longer what it was; None if all are. Then starts afresh."""
+        """Name of a value that has changed since the last call; None if there is none."""
         before, self.values = self.values, self._collect()
         names = itertools.chain(self.values, before)
         return next((n for n in names if before.get(n, self) != self.values.get(n, self)), None)
@@ -189,7 +190,7 @@ class PythonSnapshot:
     def _object(self, name: str, value: Any) -> None:
         library = _library(type(value).__module__)
         for key, item in list(getattr(value, "__dict__", {}).items()):
-            # What a library's object keeps for itself is a cache, except for a module's parts.
+            # A private attribute of a library's object is a cache, except for a module's parts.
             own = key.startswith("__" if not library else "_")
             if not own or key in ("_modules", "_parameters", "_buffers"):
                 self._value(f"{name}.{key}", item, library)
@@ -202,7 +203,7 @@ class PythonSnapshot:
 
     def _function(self, name: str, function: Callable[..., Any]) -> None:
         if _library(function.__module__):
-            # A library's wrapper (pyro.poutine, functools.wraps) around a user's function.
+            # This may be a library's wrapper around a user's function, as by pyro.poutine.
             for cell in function.__closure__ or ():
                 with contextlib.suppress(ValueError):
                     if not _library(getattr(cell.cell_contents, "__module__", None) or ""):
@@ -221,13 +222,13 @@ class PythonSnapshot:
             self._reference(f"{function.__module__}.{used}", function.__globals__[used], names)
 
     def _reference(self, name: str, item: Any, names: set[str]) -> None:
-        """A variable of a function that uses ``names``."""
+        """A variable of a function that uses these names."""
         if not isinstance(item, (types.ModuleType, type)):
             self._value(name, item)
             return
         self._found[f"{name} itself"] = id(item)
         owner = item.__name__ if isinstance(item, types.ModuleType) else item.__module__
-        if not _library(owner):  # config.beta, Settings.beta
+        if not _library(owner):  # the function may read config.beta or Settings.beta
             for attribute in names & set(vars(item)):
                 self._value(f"{name}.{attribute}", getattr(item, attribute))
 

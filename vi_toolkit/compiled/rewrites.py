@@ -1,9 +1,10 @@
-"""What is rewritten in a traced step before it is compiled.
+"""Rewrites a traced step before it is compiled.
 
-Draws that inductor would draw otherwise, products that it would write badly, checks that cannot
-fail; and what does not change from step to step leaves the loop and is computed once:
-``lgamma(counts + 1)``, logarithms of data and the like, also where the loop only looks up
-minibatches of it.
+Some rewrites keep the numbers those of eager steps: random draws that inductor would decompose
+differently, and factorisations that fail. Others make the loop faster: products and masks that
+inductor would write badly, and index checks that cannot fail. The largest gain is from what does
+not change from step to step (``lgamma(counts + 1)``, logarithms of data). It leaves the loop and is
+computed once, also if the loop only looks up minibatches of it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from vi_toolkit import torch_private
+from vi_toolkit.torch_private import schema
+
 aten = torch.ops.aten
 
-MANY_LOOKED_UP = 2**12  # numbers from which a call of the library's product pays
+MANY_LOOKED_UP = 2**12  # table size from which a call of BLAS pays
 
 _VIEWS = {
     aten.view.default,
-    aten._unsafe_view.default,
+    torch_private.unsafe_view,
     aten.reshape.default,
     aten.expand.default,
     aten.unsqueeze.default,
@@ -57,7 +61,7 @@ _POINTWISE = _COSTLY | {
     aten.reciprocal.default,
     aten.clamp.default,
     aten.clamp_min.default,
-    aten._to_copy.default,
+    torch_private.to_copy,
     aten.detach.default,
     aten.alias.default,
 }
@@ -71,13 +75,16 @@ def _tensors_in(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 
 def _random(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable
+    return isinstance(node.target, torch_private.OpOverload) and (
+        torch.Tag.nondeterministic_seeded in node.target.tags or schema(node.target).is_mutable
     )
 
 
 def swap_lookups(graph: torch.fx.Graph) -> None:
-    """``f(table[rows])`` becomes ``f(table)[rows]`` for costly pointwise f, to leave the loop."""
+    """Turn ``f(table[rows])`` into ``f(table)[rows]`` for costly pointwise f.
+
+    Then ``f(table)`` can leave the loop.
+    """
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in _COSTLY:
             continue
@@ -102,15 +109,15 @@ def swap_lookups(graph: torch.fx.Graph) -> None:
         node.replace_all_uses_with(found)
 
 
-def rows_at_once(graph: torch.fx.Graph) -> None:
-    """``table[rows].T @ v`` becomes ``v @ table[rows]`` as a call of the library's product.
+def lookups_by_blas(graph: torch.fx.Graph) -> None:
+    """Turn ``table[rows].T @ v`` into ``v @ table[rows]``, by a call of BLAS.
 
-    It is the gradient of ``table[rows] @ w``. Written into a loop of the compiler's, it looks up
-    one number at a time, row for row again in each column; for the library's product the rows are
-    put side by side once.
+    This is the gradient of ``table[rows] @ w``. Inductor would fuse product and lookup into a loop
+    that looks up every row again for each column, one number at a time. For BLAS the rows are
+    copied once.
     """
     for node in list(graph.nodes):
-        if node.target is not aten.mv.default or not _is_turn(node.args[0]):
+        if node.target is not aten.mv.default or not _is_transpose(node.args[0]):
             continue
         table, vector = node.args[0].args[0], node.args[1]
         if table.target is not aten.index.Tensor or table.meta["val"].numel() < MANY_LOOKED_UP:
@@ -124,10 +131,10 @@ def rows_at_once(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def masks_from_memory(graph: torch.fx.Graph) -> None:
-    """``tril(x)`` becomes ``where(mask, x, 0)``, for a mask that leaves the loop.
+def masks_as_constants(graph: torch.fx.Graph) -> None:
+    """Turn ``tril(x)`` into ``where(mask, x, 0)``, whose mask can leave the loop.
 
-    In the loop the compiler works out anew, by 64-bit integers, which numbers are below a diagonal.
+    Otherwise every iteration computes, in 64-bit integers, which entries are below the diagonal.
     """
     for node in list(graph.nodes):
         if node.target not in (aten.tril.default, aten.triu.default):
@@ -144,11 +151,11 @@ def masks_from_memory(graph: torch.fx.Graph) -> None:
 
 
 def replace_draws(graph: torch.fx.Graph) -> None:
-    """Write random operators in a form that inductor leaves alone and that gives torch's numbers.
+    """Turn random operators into a form that inductor does not decompose, with torch's numbers.
 
     ``empty(shape).normal_()`` becomes ``randn(shape)``, one call instead of three. ``bernoulli(p)``
-    becomes ``rand(shape) < p`` in p's precision, which is what torch computes; inductor's own
-    decomposition compares with float32 numbers, so that in float64 other values are drawn.
+    becomes ``rand(shape) < p`` in p's precision, as torch computes it. Inductor's own decomposition
+    compares with float32 numbers, and so draws other values in float64.
     """
     for node in list(graph.nodes):
         if node.target is aten.bernoulli.default and len(node.args) == 1 and not node.kwargs:
@@ -158,7 +165,7 @@ def replace_draws(graph: torch.fx.Graph) -> None:
             with graph.inserting_before(node):
                 uniform = graph.call_function(aten.rand.default, (shape,), kind | device)
                 below = graph.call_function(aten.lt.Tensor, (uniform, p))
-                draw = graph.call_function(aten._to_copy.default, (below,), kind)
+                draw = graph.call_function(torch_private.to_copy, (below,), kind)
         elif node.target is aten.normal_functional.default and len(node.args) == 1:
             source = node.args[0]
             while source.target in (aten.detach.default, aten.alias.default):
@@ -171,18 +178,18 @@ def replace_draws(graph: torch.fx.Graph) -> None:
         else:
             continue
         node.replace_all_uses_with(draw)
-        graph.erase_node(node)  # as a random operator it would be kept, and draw
+        graph.erase_node(node)  # it would still draw: random operators are never dead code
 
 
-def turn_products(graph: torch.fx.Graph) -> None:
-    """``(a @ b.T).T`` becomes ``b @ a.T``: what is vectorised over fits keeps them in front.
+def transpose_products(graph: torch.fx.Graph) -> None:
+    """Turn ``(a @ b.T).T`` into ``b @ a.T``, so that the fits stay the first dimension.
 
-    With the fits last, as ``torch.vmap`` leaves a product, all that follows runs over a few of them
-    in its innermost loop, instead of over the data.
+    ``torch.vmap`` makes the fits the last dimension of a product. Then the innermost loops of all
+    that follows would run over a few fits instead of over the data.
     """
 
-    def turned(node: torch.fx.Node) -> torch.fx.Node:
-        if _is_turn(node):
+    def transposed(node: torch.fx.Node) -> torch.fx.Node:
+        if _is_transpose(node):
             (source,) = _tensors_in(node)
             return source
         out = graph.call_function(aten.permute.default, (node, [1, 0]))
@@ -192,11 +199,11 @@ def turn_products(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.mm.default or not node.users:
             continue
-        if not all(_is_turn(user) for user in node.users):
+        if not all(_is_transpose(user) for user in node.users):
             continue
         with graph.inserting_before(node):
             first, second = node.args
-            product = graph.call_function(aten.mm.default, (turned(second), turned(first)))
+            product = graph.call_function(aten.mm.default, (transposed(second), transposed(first)))
             product.meta["val"] = node.meta["val"].new_empty(node.meta["val"].t().shape)
         for user in list(node.users):
             user.replace_all_uses_with(product)
@@ -204,21 +211,22 @@ def turn_products(graph: torch.fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _is_turn(node: torch.fx.Node) -> bool:
+def _is_transpose(node: torch.fx.Node) -> bool:
     if node.target is aten.permute.default:
         return node.args[1] == [1, 0]
     return node.target is aten.t.default
 
 
 def failures_become_nan(graph: torch.fx.GraphModule) -> None:
-    """A factorisation that fails makes the first output NaN, instead of raising.
+    """Let a factorisation that fails make the first output NaN instead of raising an error.
 
-    Inside a loop inductor cannot raise; a step whose loss is not finite is taken again eagerly.
+    A compiled loop cannot raise errors. A step whose loss is not finite is repeated eagerly, which
+    raises the error.
     """
     out = next(n for n in graph.graph.nodes if n.op == "output")
     first, *others = out.args[0]
     for node in list(graph.graph.nodes):
-        if node.target is aten._linalg_check_errors.default:
+        if node.target is torch_private.check_errors:
             with graph.graph.inserting_before(out):
                 good = graph.graph.call_function(aten.eq.Scalar, (node.args[0], 0))
                 good = graph.graph.call_function(aten.all.default, (good,))
@@ -233,21 +241,22 @@ def failures_become_nan(graph: torch.fx.GraphModule) -> None:
 def hoist(
     body: torch.fx.GraphModule, variable: int, fresh: Sequence[bool]
 ) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule, list[bool]]:
-    """Split a loop's body into what is computed once and what is computed each step.
+    """Split a loop's body into what is computed once and what is computed in each step.
 
     Args:
-        body: graph whose first ``variable`` inputs change from step to step or call to call, and
-            whose others are constants.
-        fresh: for each constant whether it can have no other value (it is made by the step).
+        body: graph whose first ``variable`` inputs change from step to step or from call to call;
+            the others are constants.
+        variable: number of inputs that change.
+        fresh: for each constant whether it was made by the step, and so has only one value.
 
     Returns:
-        (once, each, fixed): ``each`` takes the variable inputs and then the outputs of ``once``,
-        which takes the constants; ``fixed`` says which of these outputs come from fresh constants
-        alone.
+        (once, each, unchanging): ``once`` takes the constants. ``each`` takes the variable inputs
+        and then the outputs of ``once``. ``unchanging`` says which of these outputs depend on fresh
+        constants alone.
     """
     swap_lookups(body.graph)
-    rows_at_once(body.graph)
-    masks_from_memory(body.graph)
+    lookups_by_blas(body.graph)
+    masks_as_constants(body.graph)
     replace_draws(body.graph)
     body.graph.eliminate_dead_code()
     nodes = list(body.graph.nodes)
@@ -270,7 +279,7 @@ def hoist(
     for node in placeholders[variable:]:
         into_once[node] = once.placeholder(node.name)
     anchor = next(reversed(each.nodes), None)
-    handed: list[torch.fx.Node] = []
+    outputs: list[torch.fx.Node] = []  # of ``once``
 
     def for_once(node: torch.fx.Node) -> torch.fx.Node:
         if node not in into_once:
@@ -282,9 +291,9 @@ def hoist(
         if node in into_each:
             return into_each[node]
         if node in constant and not (node.op == "call_function" and node.target in _VIEWS):
-            handed.append(for_once(node))
+            outputs.append(for_once(node))
             with each.inserting_after(anchor) if anchor else each.inserting_before():
-                anchor = into_each[node] = each.placeholder(f"constant_{len(handed)}")
+                anchor = into_each[node] = each.placeholder(f"constant_{len(outputs)}")
         else:
             for child in _tensors_in(node):
                 for_each(child)
@@ -298,24 +307,32 @@ def hoist(
             each.output(torch.fx.node.map_arg(node.args[0], lambda n: into_each[n]))
         elif node.op == "call_function" and node not in constant and not _free(node):
             for_each(node)
-    once.output(tuple(handed))
-    fixed = [node not in mutable for node in handed]
-    return torch.fx.GraphModule({}, once), torch.fx.GraphModule({}, each), fixed
+    once.output(tuple(outputs))
+    unchanging = [node not in mutable for node in outputs]
+    return torch.fx.GraphModule({}, once), torch.fx.GraphModule({}, each), unchanging
 
 
-def write_in(
-    each: torch.fx.GraphModule, variable: int, values: Sequence[torch.Tensor], fixed: list[bool]
+def inline_constants(
+    each: torch.fx.GraphModule,
+    variable: int,
+    values: Sequence[torch.Tensor],
+    unchanging: list[bool],
 ) -> list[int]:
-    """Write constants that are one number into the graph, where the compiler sees them.
+    """Write unchanging constants whose entries are all the same number into the graph.
+
+    There the compiler can simplify what is computed with them.
+
+    Args:
+        each, variable, unchanging: from :func:`hoist`, whose ``once`` has returned ``values``.
 
     Returns:
-        Which of ``values`` are left as inputs.
+        Positions of the values that are still inputs.
     """
     graph = each.graph
     left = []
     for k, node in enumerate([n for n in graph.nodes if n.op == "placeholder"][variable:]):
         value = values[k]
-        one_number = fixed[k] and value.numel() and bool((value == value.reshape(-1)[0]).all())
+        one_number = unchanging[k] and value.numel() and bool((value == value.reshape(-1)[0]).all())
         if not one_number:
             left.append(k)
             continue
@@ -337,16 +354,20 @@ _COUNTING = {
     aten.add.Tensor,
     aten.lt.Tensor,
     aten.where.self,
-    aten._to_copy.default,
+    torch_private.to_copy,
     aten.full_like.default,
 }
 
 
 def lookups_stay_inside(graph: torch.fx.Graph, bounds: Mapping[int, int]) -> bool:
-    """Whether no index of a loop's body can be out of range, so that none need be checked.
+    """Whether no index in a loop's body can be out of range, so that checks can be left out.
 
-    So it is if its only integers are the loop's counter and the minibatch's indices, whose
-    ``bounds`` are given by position among the inputs, and only long enough tensors are looked up.
+    This holds if the only integers are the loop's counter and the minibatch's indices, and every
+    tensor that is indexed by them is long enough.
+
+    Args:
+        graph: the loop's body.
+        bounds: position of an input -> bound on its values, for counter and indices.
     """
     limit: dict[torch.fx.Node, int] = {}
     for position, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
@@ -355,7 +376,7 @@ def lookups_stay_inside(graph: torch.fx.Graph, bounds: Mapping[int, int]) -> boo
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        # (A list is of floats, or an operator that made it of integers was met before.)
+        # (Some values are lists. Integers in them would have been found where they were made.)
         tensors = [n for n in _tensors_in(node) if isinstance(n.meta["val"], torch.Tensor)]
         integers = [n for n in tensors if not n.meta["val"].dtype.is_floating_point]
         if node.target in _LOOKUPS:
@@ -378,5 +399,5 @@ def lookups_stay_inside(graph: torch.fx.Graph, bounds: Mapping[int, int]) -> boo
 
 
 def _free(node: torch.fx.Node) -> bool:
-    """Whether a node needs no tensor at all (``full``, ``arange``, ...)."""
+    """Whether a node has no tensor as input (``full``, ``arange``, ...)."""
     return node.op == "call_function" and not _tensors_in(node) and not _random(node)

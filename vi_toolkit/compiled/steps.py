@@ -1,321 +1,280 @@
-"""Blocks of optimiser steps, compiled."""
+"""Compiled loops of optimiser steps."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
 
-from vi_toolkit.compiled.aot_cache import check_folder, compile_loop, forgetting_sources, functional
-from vi_toolkit.compiled.loop_state import Block, LoopState, StackedState
+from vi_toolkit import torch_private
+from vi_toolkit.compiled.aot_cache import check_folder, compile_loop
+from vi_toolkit.compiled.loop_state import LoopState, StepsTaken
+from vi_toolkit.compiled.quiet import forgetting_sources, quiet
 from vi_toolkit.compiled.rewrites import (
     failures_become_nan,
     hoist,
+    inline_constants,
     lookups_stay_inside,
     replace_draws,
-    turn_products,
-    write_in,
+    transpose_products,
 )
-from vi_toolkit.compiled.tracing import trace_step
+from vi_toolkit.compiled.running_fit import FitParts
+from vi_toolkit.compiled.stacked_state import StackedState
+from vi_toolkit.compiled.tracing import Traced, functional, trace_step
 from vi_toolkit.errors import CompileError
 from vi_toolkit.programs.isolation import random_state, set_random_state
-from vi_toolkit.programs.minibatches import PlatePlan
 
 MOST_STEPS_PER_CALL = 256
-# How far a compiled and an eager step may differ: rounding is far below, another model far above.
+LONGEST_CALL = 0.5  # seconds without a chance to interrupt
+# How far a compiled and an eager step may differ. Rounding errors are far smaller than this, and
+# the difference between two models is far larger.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 class CompiledSteps:
-    """Optimiser steps of ``estimator`` on ``model`` and ``guide``, many per call.
+    """Optimiser steps of a fit by machine code, many per call.
 
-    The state is where it is for eager steps (the leaves, ``optimizer.state``, the estimator's
-    buffers, torch's generator), and is read before and written after each call, so that compiled
-    and eager steps can follow one another in any order. The draws are those of eager steps.
+    The state stays where eager steps keep it (the leaves, ``optimizer.state``, the estimator's
+    buffers, torch's generator). It is read before each call and written after it, so compiled and
+    eager steps can follow one another in any order. The random draws are those of eager steps.
 
     Args:
-        model, guide, data: called as ``model(**data)``.
-        estimator: an ELBO with a ``differentiable_loss`` that reads no values.
-        optimizer: one of those in :mod:`vi_toolkit.compiled.updates`; it must have taken a step.
-        plan: how a plate is subsampled, if one is.
-        leaves: the unconstrained parameters.
-        beside: other fits of the same kind from other starts, each with ``guide``, ``estimator``,
-            ``optimizer`` and ``leaves``, whose steps are taken by the same program at once. Their
-            draws are those of none of them alone.
+        fit: its optimiser is one of those in :mod:`vi_toolkit.compiled.updates` and has taken a
+            step; its estimator has a ``differentiable_loss`` that does not read values.
+        others: fits that differ from it only in parameter values, guide and estimator objects.
+            Each call takes the steps of all fits. The draws then differ from those of each fit run
+            separately.
 
     Raises:
-        CompileError: at the first step, if it cannot be compiled.
+        CompileError: the cache folder cannot be used. :meth:`loop` raises the same error if the
+            steps cannot be compiled.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        data: Mapping[str, Any],
-        estimator: ELBO,
-        optimizer: torch.optim.Optimizer,
-        plan: PlatePlan | None,
-        leaves: Sequence[torch.Tensor],
-        beside: Sequence[Any] = (),
-    ):
-        self.beside = list(beside)
-        self.model, self.guide, self.data, self.estimator = model, guide, data, estimator
-        self.optimizer, self.plan, self.leaves = optimizer, plan, list(leaves)
+    def __init__(self, fit: FitParts, *others: FitParts):
+        self.fit, self.others = fit, others
         self.loops: dict[int | None, Loop] = {}
         check_folder()
 
     def loop(self, batch: int | None) -> Loop:
-        """The compiled loop for minibatches of this size; None without minibatches."""
+        """The compiled loop for minibatches of one size; None stands for no minibatches."""
         found = self.loops.get(batch)
         if found is None or found.outdated():
             try:
-                self.loops[batch] = found = Loop(self, batch)
+                self.loops[batch] = found = Loop(self.fit, self.others, batch)
             except CompileError:
                 raise
-            except Exception as error:  # whatever tracing another's model may meet
+            except Exception as error:  # tracing runs user code, which may raise anything
                 text = (str(error).splitlines() or [""])[0][:200]
                 raise CompileError(
                     f"it cannot be compiled ({type(error).__name__}: {text})"
                 ) from error
         return found
 
-    def take(
-        self, steps: int, rows: torch.Tensor | None = None, total: torch.Tensor | None = None
-    ) -> Block:
-        """Take up to ``steps`` steps of the one fit.
+    def advance(
+        self,
+        steps: int,
+        indices: torch.Tensor | None = None,
+        iterate_sum: torch.Tensor | None = None,
+    ) -> StepsTaken:
+        """Take up to ``steps`` steps of a single fit.
 
         Args:
             steps: at most :data:`MOST_STEPS_PER_CALL`.
-            rows: minibatch indices, shape (steps, batch); None without minibatches.
-            total: what the sum of the iterates starts from, flat; zero if None.
+            indices: minibatch indices, shape (steps, batch); None without minibatches.
+            iterate_sum: sum of the iterates so far, flat; zero if None.
 
         Returns:
-            :class:`~vi_toolkit.compiled.loop_state.Block`; it is shorter than asked for if a step was
-            not finite. Such a step is not taken: the state is the last good one.
+            The steps taken. There are fewer than asked for if a step was not finite. That step is
+            not taken: the state is the last finite one.
         """
-        if total is None:
+        if iterate_sum is None:
             with torch.no_grad():
-                total = torch.cat([torch.zeros_like(p).reshape(-1) for p in self.leaves])
-        return self.loop(None if rows is None else rows.shape[1]).run(steps, rows, total)
-
-    def loss(self, *rows: torch.Tensor) -> torch.Tensor:
-        data, handler = (
-            self.plan.apply(self.data, rows[0])
-            if self.plan is not None
-            else (self.data, contextlib.nullcontext())
-        )
-        with handler:
-            differentiable_loss: Any = getattr(self.estimator, "differentiable_loss")  # noqa: B009
-            return differentiable_loss(self.model, self.guide, **data)
+                leaves = self.fit.leaves
+                iterate_sum = torch.cat([torch.zeros_like(p).reshape(-1) for p in leaves])
+        loop = self.loop(None if indices is None else indices.shape[1])
+        return loop.advance(steps, indices, iterate_sum)
 
 
 class Loop:
-    """A compiled loop for one shape of minibatch."""
+    """A compiled loop for minibatches of one size."""
 
     @forgetting_sources()
-    def __init__(self, steps: CompiledSteps, batch: int | None):
-        estimator, optimizer, leaves = steps.estimator, steps.optimizer, steps.leaves
-        if not hasattr(estimator, "differentiable_loss"):
-            raise CompileError(f"{type(estimator).__name__} has no differentiable_loss")
+    @quiet()
+    def __init__(self, fit: FitParts, others: Sequence[FitParts], batch: int | None):
+        leaves = fit.leaves
+        if not hasattr(fit.estimator, "differentiable_loss"):
+            raise CompileError(f"{type(fit.estimator).__name__} has no differentiable_loss")
         if len({p.dtype for p in leaves}) > 1:
             raise CompileError("the parameters are of different precisions")
-        device, *others = {p.device for p in leaves}
-        if others:
-            raise CompileError("the parameters are on different devices")
-        if device.type != "cpu":
-            raise CompileError("only steps on the CPU are compiled")
+        device = leaves[0].device
         examples: list[tuple[torch.Tensor, ...]] = [(), ()]
         if batch is not None:
-            assert steps.plan is not None
-            rows = torch.arange(batch, device=device)
-            examples = [(rows,), ((steps.plan.size - 1) - rows,)]
-        traced = trace_step(steps.loss, leaves, examples)
+            assert fit.plan is not None
+            indices = torch.arange(batch, device=device)
+            examples = [(indices,), ((fit.plan.size - 1) - indices,)]
+        traced = trace_step(_loss_of(fit), leaves, examples)
         failures_become_nan(traced.graph)
 
-        place = LoopState(leaves, optimizer, traced, traced.buffers)
+        one = LoopState(leaves, fit.optimizer, traced, traced.buffers, fit.next_rates)
         idle = [k for k in range(len(leaves)) if k not in traced.live]
-        self.places = [place]
-        for other in steps.beside:
+        self.states = [one]
+        for other in others:
             if idle:
                 raise CompileError("the loss does not depend on all of the parameters")
-            buffers = [_counterpart(t, steps, other) for t in traced.buffers]
-            self.places.append(LoopState(other.leaves, other.optimizer, traced, buffers))
-        self.place: Any = place if len(self.places) == 1 else StackedState(self.places)
-        self.read = traced.read
-        self.constants = [leaves[k] for k in idle] + traced.constants
-
-        def body(i: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            given = iter(rest)
-            theta = [next(given) for _ in place.rules]
-            slots = [[next(given) for _ in rule.slots] for rule in place.rules]
-            totals = [next(given) for _ in place.rules]
-            elbo = next(given)
-            buffers = [next(given) for _ in place.buffers]
-            _, table = next(given), next(given)
-            at = i.reshape(1)
-            inputs = [next(given).index_select(0, at)[0]] if batch is not None else []
-            coefficients = iter(table.index_select(0, at)[0].unbind())
-            constants = list(given)
-            values = dict(zip(idle, constants, strict=False))
-            for members, vector in zip(place.members, theta, strict=True):
-                values.update(zip(members, place.apart(vector, members), strict=True))
-            loss, *others = traced.graph(
-                *inputs, *(values[k] for k in range(len(leaves))), *buffers, *constants[len(idle) :]
+            buffers = [_counterpart(t, fit, other) for t in traced.buffers]
+            self.states.append(
+                LoopState(other.leaves, other.optimizer, traced, buffers, other.next_rates)
             )
-            gradient = dict(zip(traced.live, others, strict=False))
-            finite = torch.isfinite(loss)
-            new_theta, new_slots = [], []
-            for rule, members, vector, state in zip(
-                place.rules, place.members, theta, slots, strict=True
-            ):
-                g = place.joined([gradient[k] for k in members])
-                # Not a number where one of them is not finite: faster than looking at each.
-                finite = finite & ((0 * g).sum() == 0)
-                numbers = [next(coefficients) for _ in rule.coefficients(0.1, 1.0)]
-                vector, state = rule.update(vector, g, state, numbers)
-                new_theta.append(vector)
-                new_slots += state
-            totals = [t + v for t, v in zip(totals, new_theta, strict=True)]
-            elbo = elbo.index_put((at,), -loss.reshape(1))
-            # A step that is not finite ends the loop and says so by a count beyond reach.
-            i = torch.where(finite, i + 1, i + (MOST_STEPS_PER_CALL + 1))
-            return i, *new_theta, *new_slots, *totals, elbo, *others[len(traced.live) :]
+        self.state: Any = one if len(self.states) == 1 else StackedState(self.states)
+        self._read = traced.read
+        self._constants = [leaves[k] for k in idle] + traced.constants
 
-        many = [] if len(self.places) == 1 else [len(self.places)]
-        width = sum(len(r.coefficients(0.1, 1.0)) for r in place.rules)
+        body = _loop_body(traced, one, idle, batch is not None)
+        fits = [] if len(self.states) == 1 else [len(self.states)]
+        width = sum(len(r.coefficients(0.1, 1.0)) for r in one.rules)
         most = MOST_STEPS_PER_CALL
         counts: dict[str, Any] = {"dtype": torch.long, "device": device}
-        self.elbo = torch.zeros(most, dtype=traced.loss_dtype, device=device)
-        self.table = torch.zeros((most, *many, width), dtype=leaves[0].dtype, device=device)
-        self.rows = None if batch is None else torch.zeros((most, *many, batch), **counts)
-        self.n = torch.zeros((), **counts)
-        states = [p.carried(None, self.elbo) for p in self.places]
-        carried = [torch.stack(ts) for ts in zip(*states, strict=True)] if many else states[0]
-        fixed = self._fixed()
+        self._elbo = torch.zeros(most, dtype=traced.loss_dtype, device=device)
+        self._coefficients = torch.zeros((most, *fits, width), dtype=leaves[0].dtype, device=device)
+        self._indices = None if batch is None else torch.zeros((most, *fits, batch), **counts)
+        self._n = torch.zeros((), **counts)
+        each_state = [s.carried(None, self._elbo) for s in self.states]
+        carried = each_state[0]
+        if fits:
+            carried = [torch.stack(ts) for ts in zip(*each_state, strict=True)]
+        per_call = self._per_call()
         first = torch.zeros((), **counts)
-        if many:
-            given_to_one = [self.n, *(t[:, 0] for t in fixed[1:])]
-            self.alone = functional(body, [first, *states[0], *given_to_one, *self.constants])
-            body = _vectorised(self.alone, len(carried), len(fixed), len(self.constants))
-            self.vectorised = body
-        each = functional(body, [first, *carried, *fixed, *self.constants])
-        if many:
-            turn_products(each.graph)
+        if fits:
+            per_call_of_one = [self._n, *(t[:, 0] for t in per_call[1:])]
+            self._graph_of_one = functional(
+                body, [first, *each_state[0], *per_call_of_one, *self._constants]
+            )
+            body = _vectorised(
+                self._graph_of_one, len(carried), len(per_call), len(self._constants)
+            )
+            self._graph_of_all = body
+        each = functional(body, [first, *carried, *per_call, *self._constants])
+        if fits:
+            transpose_products(each.graph)
         bounds = {0: MOST_STEPS_PER_CALL}  # of the loop's counter
-        if steps.plan is not None:
-            bounds[1 + len(carried) + 2] = steps.plan.size  # of the minibatch's indices
+        if fit.plan is not None:
+            bounds[1 + len(carried) + 2] = fit.plan.size  # of the minibatch's indices
         checked = not lookups_stay_inside(each.graph, bounds)
-        variable = 1 + len(carried) + len(fixed)
+        variable = 1 + len(carried) + len(per_call)
         fresh = [False] * len(idle) + traced.fresh
-        self.once, each, unchanging = hoist(each, variable, fresh)
-        self.versions: tuple[int, ...] = ()
-        self.invariants: list[torch.Tensor] = []
-        self.inputs: list[int] | None = None
+        self._once, each, unchanging = hoist(each, variable, fresh)
+        self._versions: tuple[int, ...] = ()
+        self._invariants: list[torch.Tensor] = []
+        self._inputs: list[int] | None = None
         self._refresh()
-        self.inputs = write_in(each, variable, self.invariants, unchanging)
-        self.invariants = [self.invariants[k] for k in self.inputs]
-        self.program = compile_loop(each, carried, [*fixed, *self.invariants], checked)
+        self._inputs = inline_constants(each, variable, self._invariants, unchanging)
+        self._invariants = [self._invariants[k] for k in self._inputs]
+        self._machine_code = compile_loop(each, carried, [*per_call, *self._invariants], checked)
 
     # ------------------------------------------------------------- one call
 
-    def run(self, steps: int, rows: torch.Tensor | None, total: Any) -> Any:
-        """See :meth:`CompiledSteps.take`. Of several fits ``total`` is a list, and so is what
-        comes back; their indices lie side by side, (steps, fits, batch). A fit whose total is None
-        stays where it is, and has no block."""
-        sums = self.place.totals(total)
+    def advance(self, steps: int, indices: torch.Tensor | None, iterate_sum: Any) -> Any:
+        """Take up to ``steps`` steps, see :meth:`CompiledSteps.advance`.
+
+        For several fits, ``indices`` have shape (steps, fits, batch), and ``iterate_sum`` and the
+        result are lists with an entry for each fit. Finished fits have no entry (None), and do not
+        move.
+        """
+        sums = self.state.sums(iterate_sum)
         before = random_state()
-        done, out = self.compute(steps, rows, sums)
-        if 0 < done < steps:  # once more, up to the step that is not finite
+        done, out = self.compute(steps, indices, sums)
+        if 0 < done < steps:  # again, up to the step that is not finite
             set_random_state(before)
-            done, out = self.compute(done, rows, sums)
+            done, out = self.compute(done, indices, sums)
         if done == 0:
             set_random_state(before)
-            if isinstance(total, torch.Tensor):
-                return Block([], total)
-            return [None if t is None else Block([], t) for t in total]
-        return self.place.commit(done, out, total)
+            if isinstance(iterate_sum, torch.Tensor):
+                return StepsTaken([], iterate_sum)
+            return [None if t is None else StepsTaken([], t) for t in iterate_sum]
+        return self.state.commit(done, out, iterate_sum)
 
     def compute(
         self,
         steps: int,
-        rows: torch.Tensor | None,
-        totals: list[torch.Tensor] | None = None,
+        indices: torch.Tensor | None,
+        sums: list[torch.Tensor] | None = None,
     ) -> tuple[int, list[torch.Tensor]]:
-        """The state after ``steps`` steps, without taking them.
+        """Compute the state after ``steps`` steps without changing it.
 
         Returns:
-            Number of steps until one was not finite, and the state in the order of
-            :meth:`carried`.
+            The number of finite steps, and the new state in the order of :meth:`carried`.
         """
         self._refresh()
-        if self.rows is not None:
-            assert rows is not None
-            self.rows[:steps] = rows[:steps]
-        self.table[:steps] = torch.as_tensor(self.place.coefficients(steps))
-        self.n.fill_(steps)
-        state = [t.clone() for t in self.carried(totals)]  # the program writes into its inputs
+        if self._indices is not None:
+            assert indices is not None
+            self._indices[:steps] = indices[:steps]
+        self._coefficients[:steps] = torch.as_tensor(self.state.coefficients(steps))
+        self._n.fill_(steps)
+        state = [t.clone() for t in self.carried(sums)]  # the machine code overwrites its inputs
         try:
             with torch.no_grad():
-                i, *out = self.program([*state, *self._fixed(), *self.invariants])
+                i, *out = self._machine_code([*state, *self._per_call(), *self._invariants])
         except RuntimeError as error:
             raise CompileError(f"the compiled step failed ({error})") from error
         done = int(i)
         return (done if done <= steps else done - (MOST_STEPS_PER_CALL + 1)), out
 
-    def carried(self, totals: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    def carried(self, sums: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """See :meth:`LoopState.carried`."""
-        return self.place.carried(totals, self.elbo)
+        return self.state.carried(sums, self._elbo)
 
-    def _fixed(self) -> list[torch.Tensor]:
-        return [self.n, self.table, *([self.rows] if self.rows is not None else [])]
+    def _per_call(self) -> list[torch.Tensor]:
+        """The inputs that are the same for all steps of a call."""
+        return [
+            self._n,
+            self._coefficients,
+            *([self._indices] if self._indices is not None else []),
+        ]
 
-    # ------------------------------------------------------------- staying true
+    # ------------------------------------------------------------- checks
 
     def state_of(self, k: int) -> list[torch.Tensor]:
-        """One fit's state, as it is now."""
-        return [t.clone() for t in self.places[k].carried(None, self.elbo)]
+        """Copy of one fit's state."""
+        return [t.clone() for t in self.states[k].carried(None, self._elbo)]
 
-    def one_alone(self, k: int, rows: torch.Tensor | None) -> list[torch.Tensor]:
-        """One fit's state after a step by the graph that is vectorised for several of them."""
-        table = torch.zeros_like(self.table[:, 0])
-        table[:1] = torch.as_tensor(self.places[k].coefficients(1))
-        given = [self.n, table]
-        if self.rows is not None:
-            assert rows is not None
-            indices = torch.zeros_like(self.rows[:, 0])
-            indices[:1] = rows
-            given.append(indices)
+    def step_of_one(self, k: int, indices: torch.Tensor | None) -> list[torch.Tensor]:
+        """One fit's state after a step by the graph that is vectorised over fits."""
+        table = torch.zeros_like(self._coefficients[:, 0])
+        table[:1] = torch.as_tensor(self.states[k].coefficients(1))
+        per_call = [self._n, table]
+        if self._indices is not None:
+            assert indices is not None
+            padded = torch.zeros_like(self._indices[:, 0])
+            padded[:1] = indices
+            per_call.append(padded)
         with torch.no_grad():
-            _, *out = self.alone(
-                torch.zeros_like(self.n), *self.state_of(k), *given, *self.constants
+            _, *out = self._graph_of_one(
+                torch.zeros_like(self._n), *self.state_of(k), *per_call, *self._constants
             )
         return out
 
-    def true_of_all(self, rows: torch.Tensor | None) -> bool:
-        """Whether a step of several fits by the program is one by the graph that it was made of,
-        with the same draws."""
+    def follows_graph(self, indices: torch.Tensor | None) -> bool:
+        """Whether a step of several fits by machine code and by its graph, with the same draws,
+        lead to the same state."""
         before = random_state()
         old = [t.clone() for t in self.carried()]
-        done, compiled = self.compute(1, rows)
+        done, compiled = self.compute(1, indices)
         set_random_state(before)
         with torch.no_grad():
-            i, *graph = self.vectorised(
-                torch.zeros_like(self.n), *old, *self._fixed(), *self.constants
+            i, *expected = self._graph_of_all(
+                torch.zeros_like(self._n), *old, *self._per_call(), *self._constants
             )
         set_random_state(before)
         if done != 1 or int(i) != 1:
             return done != 1 and int(i) != 1  # not finite
-        elbo = graph[self._elbo_at()][:, 0]
-        return self.agree(old, graph, compiled, elbo)
+        elbo = expected[self._elbo_at()][:, 0]
+        return self.agree(old, expected, compiled, elbo)
 
     def _elbo_at(self) -> int:
-        """Where the ELBO's history is in the state."""
-        rules = self.places[0].rules
+        """Position of the ELBO's history in the state."""
+        rules = self.states[0].rules
         return 2 * len(rules) + sum(len(rule.slots) for rule in rules)
 
     def agree(
@@ -327,12 +286,12 @@ class Loop:
     ) -> bool:
         """Whether one step led to the same state both ways, up to rounding.
 
-        Compared are the ELBO and the optimiser's slots, which are averages of the gradient, and the
-        parameters only roughly, unless there are no slots: Adam's first moves have the gradient's
-        sign, however small it is, and magnify rounding.
+        The ELBO and the optimiser's slots, which are averages of the gradient, are compared
+        strictly. Parameters are compared roughly if there are slots: Adam's first moves have the
+        gradient's sign, however small it is, and magnify rounding errors.
         """
-        tolerance = TOLERANCE.get(self.table.dtype, 1e-2)
-        rules = self.places[0].rules
+        tolerance = TOLERANCE.get(self._coefficients.dtype, 1e-2)
+        rules = self.states[0].rules
         many, slots = len(rules), sum(len(rule.slots) for rule in rules)
         mine, theirs = compiled[self._elbo_at()][..., 0].double(), torch.as_tensor(elbo).double()
         if not ((mine - theirs).abs() <= tolerance * theirs.abs().clamp(min=1.0)).all():
@@ -346,47 +305,118 @@ class Loop:
         return True
 
     def _refresh(self) -> None:
-        """Compute again what was taken out of the loop, if a tensor it comes from has changed."""
-        versions = tuple(t._version for t in self.constants)
-        if versions != self.versions:
+        """Recompute what was moved out of the loop if a tensor it depends on has changed."""
+        versions = tuple(map(torch_private.version, self._constants))
+        if versions != self._versions:
             with torch.no_grad():
-                values = [t.contiguous() for t in self.once(*self.constants)]
-            self.invariants = values if self.inputs is None else [values[k] for k in self.inputs]
-            self.versions = versions
-            self.read_versions = [t._version for t in self.read]
+                values = [t.contiguous() for t in self._once(*self._constants)]
+            self._invariants = values if self._inputs is None else [values[k] for k in self._inputs]
+            self._versions = versions
+            self._read_versions = list(map(torch_private.version, self._read))
 
     def outdated(self) -> bool:
-        """Whether something that is written into the program has changed."""
-        return any(place.outdated() for place in self.places) or self.read_versions != [
-            t._version for t in self.read
-        ]
+        """Whether a value that is written into the machine code has changed."""
+        changed = self._read_versions != list(map(torch_private.version, self._read))
+        return changed or any(state.outdated() for state in self.states)
 
 
-def _vectorised(
-    alone: torch.fx.GraphModule, carried: int, fixed: int, constants: int
+def _loss_of(fit: FitParts) -> Callable[..., torch.Tensor]:
+    """The estimator's loss as a function of a minibatch's indices, or of nothing."""
+
+    def loss(*indices: torch.Tensor) -> torch.Tensor:
+        data, handler = (
+            fit.plan.apply(fit.data, indices[0])
+            if fit.plan is not None
+            else (fit.data, contextlib.nullcontext())
+        )
+        with handler:
+            return fit.estimator.differentiable_loss(fit.model, fit.guide, **data)
+
+    return loss
+
+
+def _loop_body(
+    traced: Traced, one: LoopState, idle: Sequence[int], minibatches: bool
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The body of one fit's loop as that of several, whose state has one more dimension, in front,
-    and whose steps' coefficients and indices have it second. Each has draws of its own."""
-    replace_draws(alone.graph)
-    for node in list(alone.graph.nodes):  # torch cannot vectorise a copy
-        if node.target is torch.ops.aten.copy.default:
-            into, source = (n.meta["val"] for n in node.args)
-            if (into.shape, into.dtype) == (source.shape, source.dtype):
-                node.replace_all_uses_with(node.args[1])
-                alone.graph.erase_node(node)
-    alone.recompile()
-    axes = (None, *[0] * carried, None, *[1] * (fixed - 1), *[None] * constants)
-    each = torch.func.vmap(alone, in_dims=axes, randomness="different")
+    """The body of a loop over the steps of one fit.
 
-    def body(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        i, *out = each(*given)
-        return i.amax(), *out  # beyond reach if one of them is
+    Args:
+        traced: the step.
+        one: the fit's state.
+        idle: positions of the leaves that the loss does not depend on.
+        minibatches: whether a step takes the indices of a minibatch.
+
+    Returns:
+        (step number, *state, number of steps, coefficients, indices if any, *constants) -> (next
+        step number, *new state), with the state in the order of :meth:`LoopState.carried`.
+    """
+
+    def body(i: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = iter(rest)
+        theta = [next(given) for _ in one.rules]
+        slots = [[next(given) for _ in rule.slots] for rule in one.rules]
+        sums = [next(given) for _ in one.rules]
+        elbo = next(given)
+        buffers = [next(given) for _ in one.buffers]
+        _, coefficient_table = next(given), next(given)
+        at = i.reshape(1)
+        inputs = [next(given).index_select(0, at)[0]] if minibatches else []
+        coefficients = iter(coefficient_table.index_select(0, at)[0].unbind())
+        constants = list(given)
+        values = dict(zip(idle, constants, strict=False))
+        for members, vector in zip(one.members, theta, strict=True):
+            values.update(zip(members, one.split(vector, members), strict=True))
+        loss, *outputs = traced.graph(
+            *inputs, *(values[k] for k in range(len(one.leaves))), *buffers, *constants[len(idle) :]
+        )
+        gradient = dict(zip(traced.live, outputs, strict=False))
+        finite = torch.isfinite(loss)
+        new_theta, new_slots = [], []
+        for rule, members, vector, state in zip(one.rules, one.members, theta, slots, strict=True):
+            g = one.join([gradient[k] for k in members])
+            # NaN if an entry is not finite: one sum is faster than testing each entry.
+            finite = finite & ((0 * g).sum() == 0)
+            numbers = [next(coefficients) for _ in rule.coefficients(0.1, 1.0)]
+            vector, state = rule.update(vector, g, state, numbers)
+            new_theta.append(vector)
+            new_slots += state
+        sums = [t + v for t, v in zip(sums, new_theta, strict=True)]
+        elbo = elbo.index_put((at,), -loss.reshape(1))
+        # A step that is not finite ends the loop: its count is too large to be a number of steps.
+        i = torch.where(finite, i + 1, i + (MOST_STEPS_PER_CALL + 1))
+        return i, *new_theta, *new_slots, *sums, elbo, *outputs[len(traced.live) :]
 
     return body
 
 
-def _counterpart(tensor: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
-    """Of a tensor that a step changes in one fit, that of another fit."""
+def _vectorised(
+    graph: torch.fx.GraphModule, carried: int, per_call: int, constants: int
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Turn the loop body of one fit into that of several fits.
+
+    The state has a new first dimension, for the fits. Coefficients and indices have it second,
+    after the steps. Each fit has its own draws.
+    """
+    replace_draws(graph.graph)
+    for node in list(graph.graph.nodes):  # torch cannot vectorise a copy
+        if node.target is torch.ops.aten.copy.default:
+            into, source = (n.meta["val"] for n in node.args)
+            if (into.shape, into.dtype) == (source.shape, source.dtype):
+                node.replace_all_uses_with(node.args[1])
+                graph.graph.erase_node(node)
+    graph.recompile()
+    axes = (None, *[0] * carried, None, *[1] * (per_call - 1), *[None] * constants)
+    each = torch.func.vmap(graph, in_dims=axes, randomness="different")
+
+    def body(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        i, *out = each(*given)
+        return i.amax(), *out  # too large if one fit's step is not finite
+
+    return body
+
+
+def _counterpart(tensor: torch.Tensor, one: FitParts, other: FitParts) -> torch.Tensor:
+    """The tensor of ``other`` that corresponds to a tensor that a step of ``one`` changes."""
     for mine, theirs in zip(_changing(one), _changing(other), strict=True):
         for name in mine:
             if mine[name] is tensor and theirs[name] is not tensor:
@@ -394,23 +424,7 @@ def _counterpart(tensor: torch.Tensor, one: Any, other: Any) -> torch.Tensor:
     raise CompileError("the model changes a tensor in place, which all fits would share")
 
 
-def _changing(fit: Any) -> list[dict[str, torch.Tensor]]:
+def _changing(fit: FitParts) -> list[dict[str, torch.Tensor]]:
     guide = fit.guide if isinstance(fit.guide, torch.nn.Module) else torch.nn.Module()
     state = fit.estimator.state() if hasattr(fit.estimator, "state") else {}
     return [dict(guide.named_buffers()), state]
-
-
-@contextlib.contextmanager
-def without_interrupt() -> Iterator[None]:
-    """Ctrl-C waits until the block ends, so that it never meets half-written state."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[tuple[int, Any]] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: waiting.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if waiting and callable(handler):
-        handler(*waiting[0])

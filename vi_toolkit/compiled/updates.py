@@ -2,8 +2,8 @@
 
 Each rule repeats the arithmetic of its ``torch.optim`` class in the same order, so that a compiled
 step and an eager one differ by rounding only. What depends on the step number or the learning rate
-(bias corrections, decoupled weight decay) is worked out in double precision outside the graph and
-comes in as *coefficients*, so that a schedule never has to be compiled again.
+(bias corrections, decoupled weight decay) is computed in double precision outside the graph and is
+an input of it, as *coefficients*. So no schedule has to be compiled again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Rule:
 
     Attributes:
         slots: names of the per-parameter state in ``optimizer.state``.
-        coefficients: (learning rate, steps taken so far, counted from 1) -> numbers; or arrays
-            of them, for an array of steps.
-        update: (parameters, gradient, slots, coefficients) -> (parameters, slots); all flat
-            vectors of the same length, the coefficients 0-dimensional.
+        coefficients: (learning rate, number of the step, counted from 1) -> numbers; or arrays
+            of numbers, for an array of steps.
+        update: (parameters, gradient, slots, coefficients) -> (parameters, slots). All are flat
+            vectors of the same length, except the coefficients, which are 0-dimensional.
         counted: whether ``optimizer.state`` counts steps under "step".
     """
 
@@ -42,7 +42,7 @@ def rule_for(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
     """The update rule of one parameter group.
 
     Raises:
-        CompileError: there is none for this optimiser or one of its options.
+        CompileError: there is no rule for this optimiser or one of its options.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ def rule_for(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """What is written into the compiled step, unlike the learning rate."""
+    """The settings that are written into the compiled step. (The learning rate is not.)"""
     return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
 
 

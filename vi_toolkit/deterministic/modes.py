@@ -147,7 +147,7 @@ def hessians(joint: Joint, u: torch.Tensor) -> torch.Tensor:
         chunk = max(1, joint.chunk // joint.dim)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # torch's own resize notices
+                warnings.simplefilter("ignore")  # torch's own: resize notices, deprecations
                 every = vmap(torch.func.hessian(joint.log_density), joint.many.writes)
                 return torch.cat([every(part).detach() for part in u.split(chunk)])
         except torch.linalg.LinAlgError:

@@ -27,8 +27,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import check_model_guide_match, warn_if_nan
 from torch.distributions import Independent
-from torch.utils import _pytree as pytree
 
+from vi_toolkit import torch_private
 from vi_toolkit.errors import PreflightError
 from vi_toolkit.programs.isolation import kept_random_state
 from vi_toolkit.programs.noise import FunctionalNoise
@@ -247,7 +247,7 @@ class ParticleELBO(ELBO):
         self._minibatch = SameMinibatch(self._subsamples)
         if self.num_particles == 1:
             tensors, about = self.one(model, guide, args, kwargs)
-            return pytree.tree_map(lambda t: t.unsqueeze(0), tensors), about
+            return torch_private.tree_map(lambda t: t.unsqueeze(0), tensors), about
 
         def one(_: torch.Tensor) -> Tensors:
             nonlocal about

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -14,7 +14,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to, constraints
 
-from vi_toolkit.compiled.density import CompiledDensity, compiled_density
 from vi_toolkit.programs.prototype import trace_that_runs
 from vi_toolkit.programs.sites import latent_sites, observed_sites
 from vi_toolkit.programs.vectorise import BAD_POINT, Batched
@@ -54,7 +53,20 @@ def indices(shape: torch.Size) -> list[str]:
     return ["[" + ",".join(str(int(i)) for i in row) + "]" for row in grid]
 
 
-COMPILED_ROWS = 16  # draws per call of machine code: few enough to stay in the cache
+class MachineCode(Protocol):
+    """Gradients and values of a log density, by machine code.
+
+    Attributes:
+        rows: number of points per call.
+    """
+
+    rows: int
+
+    def __call__(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients (rows, d) and values (rows,) at points (rows, d)."""
+
+    def many(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients (S, d) and values (S,) at any number of points (S, d)."""
 
 
 class _Evaluate(Messenger):
@@ -89,6 +101,8 @@ class Joint:
         names: the d scalar names on the unconstrained scale.
         dim: d.
         observations: number of observed scalars.
+        compiled: evaluates gradients by machine code if it is not None; see
+            :func:`vi_toolkit.machine_code.compile_joint`.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -130,7 +144,7 @@ class Joint:
         # A draw's work is at least its observations; beyond this many numbers at once a batch
         # leaves the cache and only costs memory.
         self.chunk = max(8, int(1e6 // max(self.observations + self.dim, 1)))
-        self.compiled: CompiledDensity | None = None
+        self.compiled: MachineCode | None = None
         nan = torch.full((), float("nan"), dtype=self.start.dtype)
         self.many = Batched(self.log_density, self.chunk, bad_point=lambda: nan)
         self.many_with_gradient = Batched(
@@ -171,20 +185,6 @@ class Joint:
                 return self.compiled.many(u)
         gradient, value = self.many_with_gradient(u)
         return gradient.detach(), value.detach()
-
-    def compile(self, insist: bool = False) -> None:
-        """Evaluate gradients by machine code from now on, where that can be had.
-
-        Raises:
-            CompileError: ``insist``, and it cannot be compiled.
-        """
-        if self.compiled is not None:
-            return
-        example = self.start.expand(COMPILED_ROWS, -1)
-        self.many_with_gradient(example)  # finds out how vmap can batch the model
-        make = CompiledDensity if insist else compiled_density
-        writes = self.many_with_gradient.writes
-        self.compiled = make(self.log_density, example, state=self.model, writes=writes)
 
     def flatten(self, draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Draws on the model's scale, sample dimension first, to unconstrained vectors (S, d)."""

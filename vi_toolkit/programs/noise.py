@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from pyro.poutine.messenger import Messenger
 from scipy import special
-from torch.distributions import Dirichlet, Independent
+from torch.distributions import Beta, Dirichlet, Independent
 from torch.overrides import TorchFunctionMode
 
-_GAMMA = torch._standard_gamma
-_DIRICHLET = torch._sample_dirichlet
+from vi_toolkit import torch_private
+from vi_toolkit.errors import VIError
+
 # Random functions whose results are not a smooth function of the distribution's parameters.
 _DISCRETE = {torch.bernoulli, torch.multinomial, torch.poisson, torch.binomial, torch.randint}
 
@@ -51,23 +52,32 @@ class FunctionalNoise(TorchFunctionMode):
 
 
 class _DirichletSites(Messenger):
-    """Draw Beta and Dirichlet sites by a function that ``vmap`` knows: torch's own is closed to it.
+    """Draw Beta and Dirichlet sites by a function that ``vmap`` can batch, unlike torch's own.
 
     The draws and their implicit gradient are torch's.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("sample_dirichlet", "dirichlet_grad")
+        self._available = all(torch_private.optional(name) is not None for name in names)
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
         while isinstance(fn, Independent):
             fn = fn.base_dist
-        dirichlet = getattr(fn, "_dirichlet", fn)
-        if msg["done"] or msg["is_observed"] or not isinstance(dirichlet, Dirichlet):
+        if msg["done"] or msg["is_observed"] or not self._available:
             return
-        concentration = dirichlet.concentration
+        if isinstance(fn, Beta):
+            concentration = torch.stack([fn.concentration1, fn.concentration0], -1)
+        elif isinstance(fn, Dirichlet):
+            concentration = fn.concentration
+        else:
+            return
         # A tensor that is the same for all rows would be drawn from once, for all of them.
         each_row = 0 * torch.rand((), dtype=concentration.dtype, device=concentration.device)
         value = _ImplicitDirichlet.apply(concentration + each_row)
-        msg["value"] = value[..., 0] if fn is not dirichlet else value
+        msg["value"] = value[..., 0] if isinstance(fn, Beta) else value
         msg["done"] = True
 
 
@@ -76,7 +86,7 @@ class _ImplicitDirichlet(torch.autograd.Function):
 
     @staticmethod
     def forward(concentration):
-        return torch._sample_dirichlet(concentration)
+        return torch_private.sample_dirichlet(concentration)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -86,7 +96,8 @@ class _ImplicitDirichlet(torch.autograd.Function):
     def backward(ctx, grad):
         concentration, x = ctx.saved_tensors
         total = concentration.sum(-1, True).expand_as(concentration)
-        return torch._dirichlet_grad(x, concentration, total) * (grad - (x * grad).sum(-1, True))
+        slope = torch_private.dirichlet_grad(x, concentration, total)
+        return slope * (grad - (x * grad).sum(-1, True))
 
     @staticmethod
     def vmap(info, in_dims, concentration):
@@ -94,11 +105,21 @@ class _ImplicitDirichlet(torch.autograd.Function):
 
 
 class RecordNoise(TorchFunctionMode):
-    """Note how much base noise one run of a guide asks for (``total`` uniform numbers)."""
+    """Count how much base noise one run of a guide asks for (``total`` uniform numbers).
+
+    Raises:
+        UnsupportedNoise: the guide's noise cannot be held fixed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
+        try:
+            self._gamma = torch_private.standard_gamma
+            self._dirichlet = torch_private.sample_dirichlet
+        except VIError as error:
+            # Gamma draws could not be recognised, and their noise would not be fixed.
+            raise UnsupportedNoise(str(error)) from error
 
     def _serve(self, like: torch.Tensor) -> torch.Tensor:
         self.total += like.numel()
@@ -119,9 +140,9 @@ class RecordNoise(TorchFunctionMode):
         if func is torch.normal and len(args) == 2:
             mean, sd = args
             return mean + sd * torch.special.ndtri(self._serve(mean))
-        if func is _GAMMA:
+        if func is self._gamma:
             return _GammaQuantile.apply(args[0], self._serve(args[0]))
-        if func is _DIRICHLET:
+        if func is self._dirichlet:
             gamma = _GammaQuantile.apply(args[0], self._serve(args[0]))
             return gamma / gamma.sum(-1, keepdim=True)
         if func in _DISCRETE:

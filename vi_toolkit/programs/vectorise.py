@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from vi_toolkit import torch_private
 from vi_toolkit.programs.noise import UnsupportedNoise
 
 # What a model may raise at a point where its density does not exist (a Cholesky factor of an
@@ -61,13 +61,18 @@ class InPlaceWrites(TorchFunctionMode):
 
 
 class Unchecked(TorchFunctionMode):
-    """Skip the value checks of distributions made elsewhere, while validation was on.
+    """Skip the value checks of distributions that were made while validation was on.
 
-    Those made inside a fit have none. ``vmap`` and a tracer cannot branch on a value.
+    Distributions made inside a fit have no such checks. ``vmap`` and a tracer cannot branch on a
+    value.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._check = torch_private.optional("is_all_true")  # which only distributions call
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch._is_all_true:  # only distributions ask this
+        if func is self._check:
             return True
         return func(*args, **(kwargs or {}))
 
@@ -124,7 +129,7 @@ class Batched:
         ]
         if len(parts) == 1:
             return parts[0]
-        return pytree.tree_map(lambda *xs: torch.cat(xs), *parts)
+        return torch_private.tree_map(lambda *xs: torch.cat(xs), *parts)
 
     def _call_chunk(self, *args: torch.Tensor) -> Any:
         for writes in (False, True):
@@ -159,4 +164,4 @@ class Batched:
                 rows.append(self.bad_point())
         if self.vectorises is None and not bad:
             self.vectorises = False
-        return pytree.tree_map(lambda *xs: torch.stack(xs), *rows)
+        return torch_private.tree_map(lambda *xs: torch.stack(xs), *rows)

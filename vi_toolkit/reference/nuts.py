@@ -1,7 +1,7 @@
 """Draws from a posterior by Pyro's NUTS on a compiled log density.
 
 Most of the time of a leapfrog step in Pyro goes into effect handlers. Here the log density and its
-gradient are compiled once (:mod:`vi_toolkit.compiled.density`); NUTS itself and its adaptation are
+gradient are compiled once (:mod:`vi_toolkit.machine_code`); NUTS itself and its adaptation are
 Pyro's.
 """
 
@@ -16,10 +16,10 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch.distributions import biject_to
 
-from vi_toolkit.compiled.density import CompiledDensity, compiled_density
+from vi_toolkit import machine_code
 from vi_toolkit.errors import InvalidReferenceError
 from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
-from vi_toolkit.programs.joint import Joint
+from vi_toolkit.programs.joint import Joint, MachineCode
 from vi_toolkit.programs.prototype import ATTEMPTS
 from vi_toolkit.reference.data import checked
 from vi_toolkit.reference.summary import versions
@@ -96,8 +96,9 @@ def nuts_draws(
         joint = Joint(model, data)
         density = None
         if compile is True or (compile == "auto" and chains * (num_draws + warmup) >= LONG_RUN):
-            make = CompiledDensity if compile is True else compiled_density
-            density = make(joint.log_density, _start(joint)[None], state=model)
+            density = machine_code.density(
+                joint.log_density, _start(joint)[None], state=model, insist=compile is True
+            )
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(chains)]
     collected: list[dict[str, torch.Tensor]] = []
     diverged = 0
@@ -135,7 +136,7 @@ def nuts_draws(
     return {s: torch.stack([c[s] for c in collected]) for s in joint.sites}, made
 
 
-def _potential(density: CompiledDensity) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+def _potential(density: MachineCode) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
     def potential(at: dict[str, torch.Tensor]) -> torch.Tensor:
         return _MinusDensity.apply(at["u"], density)
 
@@ -146,7 +147,7 @@ class _MinusDensity(torch.autograd.Function):
     """Minus a log density, for a density that returns its gradient together with its value."""
 
     @staticmethod
-    def forward(ctx: Any, u: torch.Tensor, density: CompiledDensity) -> torch.Tensor:
+    def forward(ctx: Any, u: torch.Tensor, density: MachineCode) -> torch.Tensor:
         gradient, value = density(u[None])
         ctx.save_for_backward(gradient[0])
         return -value[0]

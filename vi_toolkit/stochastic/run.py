@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from vi_toolkit.estimators.description import describe, make
 from vi_toolkit.look import Callback, Look
 from vi_toolkit.programs.isolation import seeded_state
 from vi_toolkit.programs.jumps import Jump, jumps_of
-from vi_toolkit.programs.leaves import flat, unflat
+from vi_toolkit.programs.leaves import flat, unflat, unique_leaves
 from vi_toolkit.programs.minibatch_plan import minibatch_plan
 from vi_toolkit.programs.workspace import Workspace
+from vi_toolkit.stochastic.schedule import Schedule, scheduled_rates
 from vi_toolkit.stochastic.stages import Stochastic
 
 Optimizer = float | Callable[[list[torch.Tensor]], torch.optim.Optimizer]
-Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Settings:
 
     estimator: ELBO
     optimizer: Optimizer
-    schedule: Schedule | None = None
     average: bool = True
     compile: str | bool = "auto"
+    schedule: Schedule | None = None
+    steps: int | None = None  # over which the schedule goes
 
 
 class StochasticRun:
@@ -56,18 +58,26 @@ class StochasticRun:
             ((name, batch),) = workspace.subsample.items()
             plan = minibatch_plan(workspace, name, batch)
         estimator: Any = settings.estimator
+        rate = settings.optimizer
+        optimizer = rate if callable(rate) else partial(torch.optim.Adam, lr=rate)
+        rates = None
         with workspace.isolated(seeded_state(seed)):
+            if settings.schedule is not None:
+                assert settings.steps is not None
+                leaves = unique_leaves()
+                rates = scheduled_rates(optimizer, leaves, settings.schedule, settings.steps)
             self.stages = Stochastic(
                 workspace.model,
                 workspace.guide,
                 workspace.data,
                 # What an estimator learns belongs to one fit.
                 estimator.fresh() if hasattr(estimator, "fresh") else estimator,
-                settings.optimizer,
+                optimizer,
                 plan,
                 seed,
                 settings.average,
                 settings.compile,
+                rates,
             )
         self.iterate = torch.empty(0)  # where the last step ended, which is not the average
         self.jumps: list[Jump] = []
@@ -212,7 +222,6 @@ class StochasticRun:
         settings = Settings(
             default.estimator if estimator is None else estimator,
             default.optimizer if known is None else known,
-            None,
             state["average"],
             state.get("compile", "auto"),
         )

@@ -1,18 +1,19 @@
 """Stochastic VI: annealed steps, averaged iterates, and a rule for when to stop.
 
-For minibatches, discrete latents, amortised and very large guides. A constant step size leaves
-the iterates jittering around the optimum, and a schedule fixed in advance must guess how long the
-way is. So the steps go in stages of constant step size. A stage is looked at when it is 640 steps
-long, then 1,280, 2,560 and so on: once its last three quarters no longer drift, their average is
-the stage's answer and the step size is divided by four. The fit ends when the average's Monte
-Carlo error, in posterior standard deviations, is small and agrees with the stage before. (The
-error of an average depends on how many steps it is over, not on their size; the step size only
-sets the bias, which shows as the difference between stages.)
+For minibatches, discrete latents, amortised guides and very large guides. With a constant step size
+the iterates keep jittering around the optimum, and a schedule that is fixed in advance must guess
+how far away the optimum is. So the steps are taken in stages of constant step size. A stage is
+checked when it has 640 steps, then at 1,280, 2,560 and so on. Once its last three quarters no
+longer drift, their average is the stage's answer, and the step size is divided by four. The fit
+ends when the average's Monte Carlo error is small, in posterior standard deviations, and the
+average agrees with that of the stage before. (The error of an average depends on the number of
+steps, not on their size. The step size sets only the bias, which shows as the difference between
+stages.)
 
-The rule follows Dhaka et al., "Robust, Accurate Stochastic Optimization for Variational
-Inference", 2020, and Welandawe et al., "A Framework for Improving the Reliability of Black-box
-Variational Inference", JMLR 2024, in watching the iterates rather than the ELBO. The natural
-units of a variational parameter come from the guide's own Fisher information.
+The rule follows Dhaka et al., "Robust, Accurate Stochastic Optimization for Variational Inference",
+2020, and Welandawe et al., "A Framework for Improving the Reliability of Black-box Variational
+Inference", JMLR 2024, in that it looks at the iterates rather than at the ELBO. The guide's Fisher
+information gives the scale on which an error of a variational parameter is judged.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 
-from vi_toolkit.compiled.accelerator import Accelerator
+from vi_toolkit.machine_code import Stepper, stepper
 from vi_toolkit.programs.isolation import (
     kept_random_state,
     random_state,
@@ -39,20 +41,38 @@ from vi_toolkit.programs.leaves import flat, unflat, unique_leaves
 from vi_toolkit.programs.minibatches import Minibatches, PlatePlan
 from vi_toolkit.programs.nonfinite import blame
 
-BLOCKS = 64  # block means per look; then neighbours merge and blocks are twice as long
+BLOCKS = 64  # block means at a check; if the stage goes on, neighbours merge
 FIRST_BLOCK = 10  # steps per block at the start
-SHRINK = 0.25  # of the step size from stage to stage
+SHRINK = 0.25  # factor of the step size from stage to stage
 ERROR_TOLERANCE = 0.02  # posterior sds
-MOST_STEPS = 40_000  # when neither steps nor convergence end the fit
-# The average of T steps on minibatches of B out of N data is off by sqrt(N / (B T)) posterior sds
-# at best, so that small minibatches take long; compiled steps can afford it.
+MOST_STEPS = 40_000  # of a fit whose number of steps is open
+# The average over T steps on minibatches of B out of N data is off by at least sqrt(N / (B T))
+# posterior sds, so small minibatches need many steps. Compiled steps are fast enough for that.
 MOST_COMPILED_STEPS = 200_000
 
 
 class Stochastic:
-    """A stochastic fit in progress: everything that one step needs and changes.
+    """A stochastic fit in progress: everything that a step needs and changes.
 
-    Runs inside :func:`~vi_toolkit.programs.isolation.isolated_pyro_state`, which holds its parameters.
+    Runs inside :func:`~vi_toolkit.programs.isolation.isolated_pyro_state`, which holds its
+    parameters.
+
+    Args:
+        model, guide, data: called as ``model(**data)``.
+        estimator: the ``pyro.infer.ELBO`` whose gradient is followed.
+        optimizer: function from parameters to an optimiser.
+        plan: how a plate is subsampled; None without minibatches.
+        seed: seed of the draws and of the minibatches.
+        average: report an average of the iterates rather than the last one.
+        compile: whether to compile the steps, see :func:`vi_toolkit.machine_code.stepper`.
+        rates: learning rate of each group of the optimiser at each step, (steps, groups), instead
+            of annealing in stages; the last holds for further steps. None without a schedule.
+
+    Attributes:
+        step: number of steps taken; ``elbo`` holds the ELBO estimate of each.
+        stage: number of completed stages.
+        blocks: means of the iterates over the blocks of the current stage, each flat.
+        error: Monte Carlo error of the solution in posterior sds, so far.
     """
 
     def __init__(
@@ -61,20 +81,19 @@ class Stochastic:
         guide: Callable[..., Any],
         data: Mapping[str, Any],
         estimator: ELBO,
-        optimizer: float | Callable[[list[torch.Tensor]], torch.optim.Optimizer],
+        optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
         plan: PlatePlan | None,
         seed: int,
         average: bool = True,
         compile: str | bool = False,
+        rates: np.ndarray | None = None,
     ):
+        self.rates = rates
         self.model, self.guide, self.data = model, guide, data
         self.estimator: Any = estimator
         self.plan, self.average = plan, average
         self.leaves = unique_leaves()
-        if callable(optimizer):
-            self.optimizer = optimizer(self.leaves)
-        else:
-            self.optimizer = torch.optim.Adam(self.leaves, lr=optimizer)
+        self.optimizer = optimizer(self.leaves)
         self.batches = (
             Minibatches(plan.size, plan.batch, torch.Generator().manual_seed(seed))
             if plan
@@ -91,7 +110,7 @@ class Stochastic:
         self.stage_noise: torch.Tensor | None = None  # its standard error
         self.error = math.inf
         self.elbo: list[float] = []
-        self.accelerator = Accelerator(self, compile)
+        self.stepper: Stepper = stepper(self, compile, MOST_STEPS)
 
     @property
     def converged(self) -> bool:
@@ -106,7 +125,7 @@ class Stochastic:
         self.optimizer.zero_grad(set_to_none=True)
         before = random_state()
         with handler, warnings.catch_warnings():
-            # Pyro warns of what is raised below, with the site's name.
+            # What Pyro warns of here is raised below, with the site's name.
             warnings.filterwarnings("ignore", message="Encountered ")
             loss = self.estimator.loss_and_grads(self.model, self.guide, **data)
         bad_gradient = next(
@@ -117,6 +136,10 @@ class Stochastic:
             set_random_state(before)
             raise blame(self.model, self.guide, data, handler, self.step, loss, bad_gradient)
         self.check_parameters()
+        rates = self.next_rates(1)
+        if rates is not None:
+            for group, rate in zip(self.optimizer.param_groups, rates[0], strict=True):
+                group["lr"] = float(rate)
         self.optimizer.step()
         self.step += 1
         self.elbo.append(-loss)
@@ -124,8 +147,14 @@ class Stochastic:
         self.in_block += 1
         return -loss
 
+    def next_rates(self, steps: int) -> np.ndarray | None:
+        """Scheduled learning rates of the next steps, (steps, groups); None without a schedule."""
+        if self.rates is None:
+            return None
+        return self.rates[np.minimum(self.step + np.arange(steps), len(self.rates) - 1)]
+
     def check_parameters(self) -> None:
-        """Every parameter must have been there at the first step."""
+        """Raise ValueError if a parameter has appeared since the first step."""
         new = [p for p in unique_leaves() if not any(p is q for q in self.leaves)]
         if new:
             names = [n for n, p in pyro.get_param_store().named_parameters() if p is new[0]]
@@ -135,7 +164,7 @@ class Stochastic:
             )
 
     def check_stage(self) -> bool:
-        """Looks at the stage where its time has come; True if it has."""
+        """Check the stage if it is long enough; returns whether it was checked."""
         if self.in_block < self.block_length:
             return False
         self.blocks.append(self.block_sum / self.block_length)
@@ -143,24 +172,24 @@ class Stochastic:
         if len(self.blocks) < BLOCKS:
             return False
         tail = torch.stack(self.blocks[BLOCKS // 4 :])
-        if drifts(tail):
+        if self.rates is not None or drifts(tail):  # a schedule has no stages of constant size
             self._merge_blocks()
             return True
-        units, average = self.fisher_scale(), tail.mean(0)
+        scale, average = self.fisher_scale(), tail.mean(0)
         noises = monte_carlo_error(tail)
-        noise = float((noises * units).max())
+        noise = float((noises * scale).max())
         self.error = math.inf
         if self.stage_average is not None and self.stage_noise is not None:
-            # A bias linear in the step size shrinks fourfold a stage, so a third of the move
-            # between stages remains: of what is left of the move without the two averages' noise.
+            # A bias that is linear in the step size shrinks fourfold with each stage, so what
+            # remains is a third of the move between the stages, their noise taken out.
             square = (average - self.stage_average) ** 2 - self.stage_noise**2 - noises**2
-            moved = float((square.clamp_min(0).sqrt() * units).max())
+            moved = float((square.clamp_min(0).sqrt() * scale).max())
             self.error = max(noise, moved * SHRINK / (1 - SHRINK))
         if self.stage_average is not None and noise > ERROR_TOLERANCE:
             self._merge_blocks()  # only more steps make an average more precise
             return True
         if self.converged:
-            self._merge_blocks()  # asked for more steps, the fit goes on with longer blocks
+            self._merge_blocks()  # if it is extended, the fit goes on with longer blocks
             return True
         self.stage_average, self.stage_noise, self.blocks = average, noises, []
         self.stage += 1
@@ -175,11 +204,14 @@ class Stochastic:
 
     @kept_random_state()
     def fisher_scale(self, num_draws: int = 64) -> torch.Tensor:
-        """Root of the guide's Fisher information per parameter: 1/sd for a location.
+        """Square root of the guide's Fisher information of each parameter: 1/sd for a location.
 
-        A change d of a parameter times its unit is the change in posterior standard deviations
-        (root 2 times that for a log scale). Parameters that the guide's density does not depend
-        on (of the model) get the unit 0: their error is not judged.
+        A change of a parameter times this scale is the change in posterior standard deviations
+        (root 2 times that for a log scale). Parameters that the guide's density does not depend on,
+        such as those of the model, get 0: their error is not judged.
+
+        Returns:
+            Shape (number of parameters,), flat over all leaves.
         """
         torch.manual_seed(self.step)
         total = torch.zeros_like(self.block_sum)
@@ -192,7 +224,8 @@ class Stochastic:
             with handler:
                 with torch.no_grad():
                     values = poutine.trace(self.guide).get_trace(**data)
-                # Replayed, so that the draws are constants and only log q depends on parameters.
+                # A second run at these draws: they are constants, and only log q depends on the
+                # parameters.
                 replayed = poutine.replay(self.guide, trace=values)
                 trace: Any = poutine.trace(replayed).get_trace(**data)
             log_q = sum(
@@ -212,7 +245,7 @@ class Stochastic:
         return (total / num_draws).sqrt()
 
     def result(self) -> torch.Tensor:
-        """The parameters to report: an average where the iterates no longer drift."""
+        """The parameters to report, flat: an average if the iterates no longer drift."""
         if self.average and len(self.blocks) >= BLOCKS // 2:
             tail = torch.stack(self.blocks[len(self.blocks) // 4 :])
             if self.stage or not drifts(tail):
@@ -231,34 +264,38 @@ class Stochastic:
 
         Args:
             steps: number of optimiser steps.
-            report: called after each step or block of compiled steps with the number of steps
-                so far, the ELBOs of the new ones and the error so far.
-            look: called after each look at a stage; ends the run if it returns True.
+            report: called after each eager step and each call of compiled steps, with the number of
+                steps so far, the ELBOs of the new steps and the error so far.
+            look: called after each check of a stage; ends the run if it returns True. Without
+                ``steps``, the run also ends at convergence.
         """
         end = None if steps is None else self.step + steps
         set_random_state(self.rng)
         try:
-            self.accelerator.begin(steps)
+            self.stepper.begin(steps)
             while (left := self._left(end)) > 0:
-                # A block's sum must not run on into the next.
-                elbos = self.accelerator.take(min(left, self.block_length - self.in_block))
-                looked = self.check_stage()
+                # A call must end at the end of a block, whose sum is complete then.
+                elbos = self.stepper.advance(min(left, self.block_length - self.in_block))
+                checked = self.check_stage()
                 report(self.step, elbos, self.error)
-                if looked and (look() or (steps is None and self.converged)):
+                if checked and (look() or (steps is None and self.converged)):
                     break
-                if looked:
-                    self.accelerator.look_around()
-            self.accelerator.finish()
+                if checked:
+                    self.stepper.recheck_python()  # ``look`` may have changed things
+            self.stepper.finish()
         finally:
             self.rng = random_state()
 
     def _left(self, end: int | None) -> int:
         if end is None:
-            end = MOST_COMPILED_STEPS if self.accelerator.compiles else MOST_STEPS
+            end = MOST_COMPILED_STEPS if self.stepper.compiles else MOST_STEPS
         return end - self.step
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit, as nested dicts of tensors and numbers."""
+        """Everything needed to go on bit for bit, as nested dicts of tensors and numbers.
+
+        The model's and guide's parameters are in it, flat, under "iterate".
+        """
         return {
             "iterate": flat(self.leaves),
             "optimizer": self.optimizer.state_dict(),
@@ -266,6 +303,7 @@ class Stochastic:
             "rng": self.rng,
             "step": self.step,
             "stage": self.stage,
+            "rates": None if self.rates is None else torch.from_numpy(self.rates),
             "block_length": self.block_length,
             "in_block": self.in_block,
             "block_sum": self.block_sum,
@@ -278,12 +316,14 @@ class Stochastic:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to what :meth:`state` returned."""
         unflat(state["iterate"], self.leaves)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.batches:
             self.batches.restore(state["batches"])
         self.rng = state["rng"]
         self.step, self.stage = int(state["step"]), int(state["stage"])
+        self.rates = None if state["rates"] is None else state["rates"].numpy()
         self.block_length, self.in_block = int(state["block_length"]), int(state["in_block"])
         self.block_sum = state["block_sum"]
         self.blocks = list(state["blocks"]) if state["blocks"] is not None else []
@@ -299,10 +339,13 @@ _NO_DENSITY = {"_Subsample", "Delta", "Unit"}
 
 
 def drifts(blocks: torch.Tensor) -> bool:
-    """Whether the block means (blocks, parameters) still go somewhere.
+    """Whether the iterates still move in one direction.
 
-    Compares the means of the two halves: for iterates in equilibrium the squared standardised
-    difference averages about 1 over parameters, a little more with autocorrelation.
+    Compares the means of the two halves. For iterates in equilibrium the squared standardised
+    difference is about 1 on average over the parameters, a little more with autocorrelation.
+
+    Args:
+        blocks: block means, shape (blocks, parameters).
     """
     half = len(blocks) // 2
     first, second = blocks[:half], blocks[half:]
@@ -315,6 +358,13 @@ def drifts(blocks: torch.Tensor) -> bool:
 
 
 def monte_carlo_error(blocks: torch.Tensor) -> torch.Tensor:
-    """Standard error of the mean of the blocks per parameter, by 8 batch means."""
+    """Standard error of the mean over the blocks, by 8 batch means.
+
+    Args:
+        blocks: block means, shape (blocks, parameters).
+
+    Returns:
+        Shape (parameters,).
+    """
     batches = torch.stack([b.mean(0) for b in blocks.tensor_split(8)])
     return batches.std(0) / math.sqrt(8)
