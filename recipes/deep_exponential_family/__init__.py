@@ -5,9 +5,10 @@
 The model of Ranganath, Tang, Charlin and Blei, "Deep Exponential Families", AISTATS 2015, with its
 other families too (binary, Poisson and Gaussian units). model.py is the page of the paper, in plain
 torch. `variant` gives it for one family and some widths with a faster evaluation of the same
-density, and VARIANTS has the rows of the paper's table. The data are paragraphs of the State of the
-Union addresses, 1790 to 2026. A model of words is judged by words it has not seen: evaluate.py has
-the protocol. exact.py has what can be computed exactly on small models.
+density; `model` is the default variant, and VARIANTS has the rows of the paper's table. The data
+are paragraphs of the State of the Union addresses, 1790 to 2026. A model of words is judged by
+words it has not seen: evaluate.py has the protocol. exact.py computes exact answers for small
+models.
 
 The guide reads documents by collapsed variational inference (guide.py, collapsed.py), and units
 that count are fitted by differences (differences.py). The posterior has many modes, so predictions

@@ -52,14 +52,14 @@ def reference_problem():
     return model, guides, given | few
 
 
-def reference(chains=4, draws=3_000, warmup=500, seed=0, progress=True):
-    """The vi.Reference of `reference_problem()`, which `python -m recipes reference` saves."""
+def reference(chains=4, num_draws=3_000, warmup=500, seed=0, progress=True):
+    """vi.Reference of `reference_problem()`; what `python -m recipes reference` writes to disk."""
     model, _, data = reference_problem()
     return vi.Reference.nuts(
         model,
         data,
         chains=chains,
-        num_draws=draws,
+        num_draws=num_draws,
         warmup=warmup,
         seed=seed,
         target_accept=0.9,
