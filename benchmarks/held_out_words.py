@@ -23,7 +23,6 @@ import contextlib
 import itertools
 import os
 import pickle
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -37,9 +36,11 @@ import torch
 from pyro.distributions import Bernoulli
 
 import vi_toolkit as vi
-from recipes.deep_exponential_family import data, evaluate
-from recipes.deep_exponential_family.guide import Guide, entries, read
-from recipes.deep_exponential_family.model import Words, variant
+from recipes.deep_exponential_family import data, evaluate, variants
+from recipes.deep_exponential_family.collapsed import read
+from recipes.deep_exponential_family.guide import Guide
+from recipes.deep_exponential_family.variants import variant
+from recipes.deep_exponential_family.words import Words, entries
 
 SHARES = (0.5, 0.1)
 SHAPES = (0.1, 0.05, 0.03, 0.02, 0.01, 0.005)  # to choose from
@@ -141,10 +142,9 @@ class Relaxed(Guide):
 @contextlib.contextmanager
 def relaxed():
     """The model with derivatives in its binary units where it has differences."""
-    module = sys.modules[Words.__module__]
     with (
-        mock.patch.object(module, "Words", lambda *given: Words(*given[:-1])),
-        mock.patch.object(module, "Below", lambda z, w, of, _: of(z @ w).to_event(1)),
+        mock.patch.object(variants, "Words", lambda *given: Words(*given[:-1])),
+        mock.patch.object(variants, "Below", lambda z, w, of, _: of(z @ w).to_event(1)),
     ):
         yield
 

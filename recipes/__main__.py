@@ -18,28 +18,28 @@ import typer
 if TYPE_CHECKING:
     from vi_toolkit import Comparison
 
-# torch, pyro and vi_toolkit are imported by the commands that need them: `list` answers at once.
+# Commands import torch, pyro and vi_toolkit where they need them, so that `list` answers at once.
 
 RECIPES = Path(__file__).resolve().parent
-SHOWN_ROWS = 12  # of a comparison; its CSV file has them all
-INTERRUPTED = 130  # exit status, as a shell has it of a command ended by Ctrl-C
+SHOWN_ROWS = 12  # of a comparison; its CSV file has all rows
+INTERRUPTED = 130  # the exit status that shells report for a command ended by Ctrl-C
 
 app = typer.Typer(
     help="Fit the recipes, compare them with their reference posteriors, start one of your own.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain lines: error messages stay whole when copied
+    rich_markup_mode=None,  # plain lines, so that error messages can be copied
 )
 
 
 def recipe_names() -> list[str]:
-    """The recipes, sorted. A recipe is a folder here with a ``model.py``; there is no registry."""
+    """The recipes' names, sorted. A recipe is a folder here with a ``model.py``."""
     return sorted(path.parent.name for path in RECIPES.glob("*/model.py"))
 
 
 def known_recipe(name: str) -> str:
-    """`name` if there is such a recipe, else a usage error that suggests the nearest one."""
+    """`name` if there is such a recipe. Otherwise a usage error suggests the nearest name."""
     names = recipe_names()
     if name in names:
         return name
@@ -49,7 +49,7 @@ def known_recipe(name: str) -> str:
 
 
 def new_name(name: str) -> str:
-    """`name` if a package of recipes can be called that, else a usage error."""
+    """`name` if it is a valid package name. Otherwise a usage error says why not."""
     if not name.isidentifier() or keyword.iskeyword(name):
         raise typer.BadParameter(f"'{name}' cannot be imported: use letters, digits, underscores.")
     return name
@@ -71,7 +71,7 @@ def import_recipe(name: str) -> ModuleType:
 
 @app.command("list")
 def list_recipes() -> None:
-    """Name every recipe, with what it is in one line."""
+    """List every recipe with a one-line description."""
     names = recipe_names()
     width = max(map(len, names), default=0)
     for name in names:
@@ -105,14 +105,14 @@ def labelled(text: str, recipe: ModuleType) -> str:
 def comparison_text(comparison: "Comparison", recipe: ModuleType) -> str:
     """The comparison for a terminal: the worst rows of its table, the verdict and the reasons."""
     table = comparison.table
-    # Off what the guide's family can reach, so that the rows behind a bad verdict come first. The
-    # sds of a point estimate are zero and expected to be.
+    # Rank rows by their distance from what the guide's family can reach, so that the rows behind a
+    # bad verdict come first. A point estimate has sds of zero, as expected.
     ratio, expected = (
         np.log(table[column].clip(lower=1e-9)) for column in ("sd ratio", "expected sd ratio")
     )
     misfit = (ratio - expected).abs().clip(lower=table["mean error"].abs())
     shown = table[misfit.rank(ascending=False, method="first") <= SHOWN_ROWS]
-    # Three significant digits of the reference's sd, the scale that every number here is read on.
+    # Print as many digits as the reference's sd needs for three significant ones.
     digits = (2 - np.floor(np.log10(shown["reference sd"]))).clip(lower=0).astype(int)
     columns = {}
     source = {"nuts": "MCMC"}.get(comparison.reference.kind, comparison.reference.kind)
@@ -139,21 +139,21 @@ def run(
     output: Annotated[Path, typer.Option(help="Folder that gets a folder NAME.")] = Path("runs"),
     seed: Annotated[int, typer.Option(help="Seed of every fit.")] = 0,
 ) -> None:
-    """Fit a recipe on its real data with each of its guides and compare with the reference."""
+    """Fit a recipe to its real data with each of its guides; compare with the reference."""
     import vi_toolkit as vi
     from vi_toolkit.comparison import plot_comparisons
 
     recipe = import_recipe(name)
     model, guides, data = reference_problem(recipe)
     if not (RECIPES / name / "reference.json").exists():
-        fail(f"There is no reference posterior yet. Make it: python -m recipes reference {name}")
+        fail(f"There is no reference posterior yet. Make one: python -m recipes reference {name}")
     reference = vi.Reference.load(RECIPES / name / "reference.json")
     folder = output / name
     comparisons = {}
     for label, guide in guides.items():
         typer.echo(f"{name}, {label} guide\n")
         fit = vi.fit(model, guide, data, seed=seed)
-        if fit.interrupted:  # `fit` returns what it has then; half a fit is not worth comparing
+        if fit.interrupted:  # `fit` returns what it has so far, which is not worth comparing
             typer.echo(f"Interrupted: nothing was written for the {label} guide.", err=True)
             raise typer.Exit(INTERRUPTED)
         comparisons[label] = vi.compare(fit, reference)
@@ -172,14 +172,14 @@ In {folder}:
   comparison.png      every guide against the reference
   GUIDE.png           the ELBO and the posterior
   GUIDE.csv           the whole table
-  GUIDE.safetensors   the fit itself, for vi.load""")
+  GUIDE.safetensors   the fit itself; vi.load reads it""")
 
 
 def reference_problem(recipe):
     """(model, guides, data) whose posterior a recipe's reference.json holds.
 
-    The recipe's own, unless it says otherwise: where the posterior is not identified it exports a
-    function `reference_problem` that returns a part of it, or a smaller one, that is.
+    These are the recipe's own, unless its posterior is not identified. Such a recipe exports a
+    function `reference_problem`, which returns an identified part of it or a smaller problem.
     """
     if hasattr(recipe, "reference_problem"):
         return recipe.reference_problem()
@@ -188,17 +188,17 @@ def reference_problem(recipe):
 
 @app.command()
 def reference(name: RecipeName) -> None:
-    """Make a recipe's reference posterior again and write its reference.json."""
+    """Compute a recipe's reference posterior again and write its reference.json."""
     import vi_toolkit as vi
 
     recipe = import_recipe(name)
     try:
         if callable(getattr(recipe, "reference", None)):
-            posterior = recipe.reference()  # the recipe knows better: exact, or its own settings
+            posterior = recipe.reference()  # exact, or MCMC with the recipe's own settings
         else:
             command = f"python -m recipes reference {name}"
             posterior = vi.Reference.nuts(recipe.model, recipe.load_data(), command=command)
-    except vi.VIError as error:  # not admitted: says which scalar and what to try
+    except vi.VIError as error:  # the message names the scalar at fault and what to try
         fail(str(error))
     path = RECIPES / name / "reference.json"
     posterior.save(path)
@@ -211,8 +211,8 @@ def reference(name: RecipeName) -> None:
 def renamer(old: str, new: str, old_stem: str, new_stem: str):
     """A function that renames recipe `old` to `new` in text.
 
-    Only the recipe's own name is replaced: ``test_old`` and ``recipes.old`` are, while
-    ``sklearn.old`` and ``bold`` are not. The notebook's numbered stem changes with its number.
+    It replaces only the recipe's own name, as in ``test_old`` and ``recipes.old`` but not in
+    ``sklearn.old`` and ``bold``, and the numbered stem of its notebook.
     """
     own_name = re.compile(rf"(?<![A-Za-z0-9_])(?<!(?<!recipes)\.)(test_)?{old}(?![A-Za-z0-9_])")
 
@@ -223,7 +223,7 @@ def renamer(old: str, new: str, old_stem: str, new_stem: str):
 
 
 def rename_notebook(value: Any, rename) -> Any:
-    """`value` (parsed notebook JSON) with every string renamed except pictures."""
+    """`value` (parsed notebook JSON) with every string renamed, except for pictures."""
     if isinstance(value, str):
         return rename(value)
     if isinstance(value, list):
@@ -271,7 +271,7 @@ def new(
     cells = rename_notebook(json.loads(notebook.read_text("utf-8")), rename)
     new_notebook.write_text(json.dumps(cells, indent=1, ensure_ascii=False) + "\n", "utf-8")
     new_test.write_text(rename(test.read_text("utf-8")), "utf-8")
-    # What the test and `python -m recipes` need in a folder of one's own, if it is not there yet.
+    # The test and `python -m recipes` need these files in another folder too.
     for shared in (
         "recipes/__init__.py",
         "recipes/__main__.py",
@@ -289,14 +289,14 @@ def new(
 {folder}
 {new_notebook}
 {new_test}
-are a working copy of '{like}'. Check: python -m pytest {new_test}
+are a working copy of '{like}'. Check it: python -m pytest {new_test}
 
 Then make it yours, in this order:
   1. {folder / "data.py"}: load_data(), coords() and simulate() for your data;
-  2. {folder / "model.py"}: the model, and LATENTS: each site's plates and sizes;
-  3. {folder / "guide.py"}: the guide, and why this family;
+  2. {folder / "model.py"}: the model, and LATENTS, each site's plates and sizes;
+  3. {folder / "guide.py"}: the guide, and why you chose this family;
   4. python -m recipes reference {name}: its reference posterior by NUTS
-     (delete or rewrite reference() if the recipe has one: it knows the old model);
+     (delete or rewrite the recipe's reference(), if any: it describes the old model);
   5. {folder / "__init__.py"}: the formula, the source, the example;
   6. the test, the notebook, and a row with a picture in README.md.""")
 

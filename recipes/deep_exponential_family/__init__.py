@@ -1,17 +1,19 @@
-"""Deep exponential families for text: topics, topics of topics, and what they say of unseen words.
+"""Deep exponential families for text: topics, topics of topics, and predictions of unseen words.
 
     z_L ~ Gamma,  z_l | z_(l+1) ~ Gamma(shape_l, mean z_(l+1) w_l),  x | z_1 ~ Poisson(z_1 w_0)
 
 The model of Ranganath, Tang, Charlin and Blei, "Deep Exponential Families", AISTATS 2015, with its
-other families too (binary, Poisson and Gaussian units): `variant` names one by widths, latent and
-weight family and link, and VARIANTS has those of the paper's table. The data are paragraphs of the
-State of the Union addresses, 1790 to 2026. A model of words is judged by words it has not seen:
-evaluate.py has the protocol. exact.py has what can be computed exactly on small models.
+other families too (binary, Poisson and Gaussian units). model.py is the page of the paper, in plain
+torch. `variant` gives it for one family and some widths with a faster evaluation of the same
+density; `model` is the default variant, and VARIANTS has the rows of the paper's table. The data
+are paragraphs of the State of the Union addresses, 1790 to 2026. A model of words is judged by
+words it has not seen: evaluate.py has the protocol. exact.py computes exact answers for small
+models.
 
-Its documents are read by collapsed variational inference, see guide.py, and units that count are
-fitted by differences, see differences.py. The posterior has many modes, so predictions are
-averaged over several starts. How they compare with latent Dirichlet allocation is in
-benchmarks/README.md.
+The guide reads documents by collapsed variational inference (guide.py, collapsed.py), and units
+that count are fitted by differences (differences.py). The posterior has many modes, so predictions
+are averaged over several starts. benchmarks/README.md compares them with latent Dirichlet
+allocation.
 
 >>> import torch, vi_toolkit as vi
 >>> from recipes.deep_exponential_family import Guide, simulate, variant
@@ -25,7 +27,8 @@ torch.Size([3, 100, 5])
 from .data import arguments, coords, load_data, simulate
 from .guide import GUIDES, Guide, guide, lognormal_factors
 from .mcmc import reference, reference_problem
-from .model import LATENTS, VARIANTS, model, variant
+from .model import LATENTS
+from .variants import VARIANTS, model, variant
 
 __all__ = [
     "GUIDES",

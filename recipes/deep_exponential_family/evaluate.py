@@ -1,16 +1,17 @@
-"""Held-out words: how well a model completes documents it has seen half of, or a tenth.
+"""Held-out words: how well a model completes documents of which it has seen a part.
 
 The protocol, for any model:
 
-1. Fit to the training documents, all of their words.
-2. *Thin* the test documents: each word, a token, is observed with probability `share` and held out
-   otherwise, independently. So the split is by token. A split by type (all counts of a word
-   observed or held out) tells which other types are zero, and much of what is held out with it.
+1. Fit to all words of the training documents.
+2. *Thin* the test documents: each token (an occurrence of a word) is observed with probability
+   `share` and held out otherwise, independently. A split by word type, which observes or holds out
+   all counts of a word together, would reveal which other types are zero, and with them much of
+   what is held out.
 3. From the observed tokens alone the model gives each test document a distribution over the
-   vocabulary. What it knows of a document's length is the observed tokens.
+   vocabulary. All that it knows of a document's length is the number of observed tokens.
 4. The score is the mean log probability of a held-out token, in nats; perplexity is exp(-score).
 
-Every method is scored on the same tokens, so compare two by :func:`difference`, in which the
+Every method is scored on the same tokens. Compare two by :func:`difference`, in which the
 documents' difficulty cancels.
 """
 
@@ -21,14 +22,14 @@ import pyro.poutine as poutine
 import torch
 from torch.nn.functional import softplus
 
-CHUNK = 512  # documents whose probabilities are held at once
+CHUNK = 512  # documents whose probabilities are in memory at once
 
 
 def thin(counts, share=0.5, seed=0):
-    """(observed, held out): each token observed with probability `share`. CSR matrices.
+    """(observed, held out), two CSR matrices: each token is observed with probability `share`.
 
-    Every held-out count is the total less the observed one, so the two halves of a Poisson
-    document are independent Poisson documents.
+    Every held-out count is the total minus the observed one, so the two parts of a Poisson document
+    are independent Poisson documents.
     """
     counts = counts.tocsr().copy()
     counts.sort_indices()
@@ -48,9 +49,10 @@ def chances(held_out, probabilities):
 
     held_out: (documents, words) CSR counts. probabilities: (documents, words) array, or a function
     from a slice of the documents to its rows; every row adds up to one. Raises ValueError for rows
-    that do not add up to one or that give a held-out word no chance.
+    that do not add up to one or that give a held-out word probability zero.
 
-    The mean of several models' arrays is that of their mixture: enough to keep of each.
+    The mean of several models' results is the result of their mixture, so nothing else of a model
+    has to be kept.
     """
     found = []
     for first in range(0, held_out.shape[0], CHUNK):
@@ -78,10 +80,10 @@ def chances(held_out, probabilities):
 
 
 def by_document(held_out, chance):
-    """Per document: the held-out tokens' summed log probability and their number.
+    """The held-out tokens' summed log probability and their number, for each document.
 
-    chance: as :func:`chances` returns. Documents without held-out tokens count for nothing. Returns
-    a DataFrame with columns "log probability" and "tokens".
+    chance: as :func:`chances` returns it. Returns a DataFrame with columns "log probability" and
+    "tokens"; documents without held-out tokens have zeros.
     """
     entries = held_out.tocoo()
     total = np.zeros(held_out.shape[0])
@@ -98,8 +100,8 @@ def log_predictive(held_out, probabilities):
 def score(result):
     """Score of one method: nats per held-out token, its standard error over documents, perplexity.
 
-    result: as :func:`log_predictive` returns. The score is a ratio of sums over documents, and its
-    standard error that of the linearised ratio.
+    result: as :func:`log_predictive` returns it. The score is a ratio of sums over documents, and
+    its standard error is that of the linearised ratio.
     """
     result = result[result["tokens"] > 0]
     tokens, n = result["tokens"].sum(), len(result)
@@ -110,7 +112,7 @@ def score(result):
 
 
 def difference(result, baseline, replicates=2_000, seed=0):
-    """Gain in score over `baseline`, with a 95 % interval by the bootstrap over documents.
+    """Gain in score over `baseline`, with a 95 % bootstrap interval over documents.
 
     Both must be results for the same held-out tokens. Returns (gain, low, high) in nats per token.
     """
@@ -130,7 +132,7 @@ def difference(result, baseline, replicates=2_000, seed=0):
 
 
 def unigram(train):
-    """The same distribution for every document, (words,): training frequency, one token added."""
+    """The words' frequencies in the training documents, (words,), with one added to each count."""
     counts = np.asarray(train.sum(0)).ravel() + 1.0
     return counts / counts.sum()
 
@@ -141,13 +143,13 @@ def same_for_all(distribution):
 
 
 def predictive(fit, data, draws=20, seed=0):
-    """What a fitted DEF predicts for documents: a function for :func:`log_predictive`.
+    """A fitted model's predictions for documents, as a function for :func:`log_predictive`.
 
-    fit: of a :class:`~.guide.Guide`, or such a guide itself as its :meth:`~.guide.Guide.start`
-    leaves it. data: arguments of the model, `documents` holding the observed tokens. The
-    probabilities are E[z_1] E[w_0], normalised, with E[z_1] the mean of the guide's conditional
-    given the layers above, averaged over `draws` of those; the weights stay as fitted. Units that
-    are not Gamma are averaged over draws of z_1 itself.
+    fit: a fit with a :class:`~.guide.Guide`, or such a guide itself after its
+    :meth:`~.guide.Guide.start`. data: arguments of the model, with the observed tokens as
+    `documents`. The probabilities are E[z_1] E[w_0], normalised. E[z_1] is the mean of the guide's
+    conditional given the layers above, averaged over `draws` of those; other units than Gamma are
+    averaged over draws of z_1 itself. The weights are those fitted.
     """
     guide = getattr(fit, "guide", fit)
     with torch.no_grad():
@@ -158,7 +160,7 @@ def predictive(fit, data, draws=20, seed=0):
     def probabilities(part):
         here = data | {key: data[key][part] for key in ("documents", "exposure")}
         total = torch.zeros(part.stop - part.start, w.shape[1], device=w.device)
-        # A store of its own: the guide registers its parameters, and the caller's stays as it was.
+        # The guide registers its parameters, so it gets a store of its own; the caller's is kept.
         with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
             torch.manual_seed(seed + part.start)
             for _ in range(draws if len(guide.widths) > 1 or not guide.conjugate else 1):

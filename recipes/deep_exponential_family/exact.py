@@ -1,8 +1,8 @@
-"""Exact answers where the model is small: sums over all states of binary units, and Gibbs sampling.
+"""Exact answers for small models: sums over all states of binary units, and Gibbs sampling.
 
-The posterior of a whole deep exponential family is not identified (units can be exchanged, scale
-can move between layers), so what is compared is what is: the probability of the words, their fitted
-rates, and the held-out log density.
+The posterior of a whole deep exponential family is not identified: units can be exchanged, and
+scale can move between layers. So compare quantities that are identified: the probability of the
+words, their fitted rates, and the held-out log density.
 """
 
 import numpy as np
@@ -19,10 +19,10 @@ def states(units):
 def log_evidence(model, given, fixed):
     """log p(x_n | weights) of each document under a sigmoid DEF, by summing over all its states.
 
-    model: a :func:`~.model.variant` with latent "bernoulli" and at most 16 units. given: its
-    arguments. fixed: {"w0": ..., "w1": ...}, and whatever else is held. Returns (documents,).
+    model: a :func:`~.variants.variant` with latent "bernoulli" and at most 16 units. given: its
+    arguments. fixed: {"w0": ..., "w1": ...}, and other sites that are fixed. Returns (documents,).
 
-    A document is repeated once per state, so the sum is over densities that the model itself gives.
+    Each document is repeated once per state, so the sum is over densities of the model itself.
     """
     widths = [model.LATENTS[f"z{layer}"][1] for layer in range(1, len(model.LATENTS) // 2 + 1)]
     if sum(widths) > 16:
@@ -49,8 +49,8 @@ def log_weights(model, guide, given, draws):
 
     model: conditioned on the weights; guide: with the same weights known.
 
-    The mean over draws estimates the ELBO of each document, logsumexp less log(draws) the
-    importance-weighted bound of Burda, Grosse and Salakhutdinov (2016).
+    The mean over draws estimates the ELBO of each document. Their logsumexp minus log(draws)
+    estimates the importance-weighted bound of Burda, Grosse and Salakhutdinov (2016).
     """
     weights = []
     for _ in range(draws):
@@ -74,9 +74,9 @@ def gibbs(counts, exposure, background, units, sweeps, warmup, shapes, rng, test
     Gamma (Cemgil, "Bayesian inference for nonnegative matrix factorisation models", 2009).
 
     counts: (N, V) array; exposure: (N,); background: (V,); shapes: (shape_z, shape_w). test: (N, V)
-    counts of the same documents that are held out, with the same exposure.
-    Returns a dict of arrays over the sweeps after warmup: "rates" mean and "rates sd" of
-    sum_k z_nk w_kv, (N, V); "held-out", log p(test | z, w) per sweep; "last" (z, w).
+    held-out counts of the same documents, with the same exposure. Returns a dict: "rates" and
+    "rates sd", the mean and sd of sum_k z_nk w_kv over the sweeps after warmup, (N, V); "held-out",
+    log p(test | z, w) of each of these sweeps; "last", (z, w) after the last one.
     """
     (N, V), (shape_z, shape_w) = counts.shape, shapes
     rate_w = shape_w * units / background
@@ -93,7 +93,8 @@ def gibbs(counts, exposure, background, units, sweeps, warmup, shapes, rng, test
         np.add.at(by_word, word, split)
         z = rng.gamma(shape_z + by_document) / (shape_z + exposure[:, None] * w.sum(1))
         w = rng.gamma(shape_w + by_word.T) / (rate_w + (exposure @ z)[:, None])
-        # A shape of 0.1 gives numbers that underflow: nothing in the likelihood, but log(0) here.
+        # A shape of 0.1 gives draws that underflow. They add nothing to the likelihood, but
+        # zeros would make log(0) here.
         z, w = np.maximum(z, 1e-100), np.maximum(w, 1e-100)
         if sweep >= warmup:
             rates = z @ w

@@ -1,8 +1,8 @@
-"""The reference posterior by NUTS: what documents say of their factors, given the weights.
+"""The reference posterior by NUTS: the factors of a few documents, given the weights.
 
-The posterior of a whole deep exponential family has as many copies as its units have orders, and
-scale moves between its layers; no MCMC reaches it and no two fits agree on it. Given the weights
-the factors are identified. So the reference is theirs, for two layers and four paragraphs.
+The posterior of a whole deep exponential family has a copy for every order of its units, and scale
+can move between its layers. MCMC cannot explore it, and no two fits agree on it. Given the weights
+the factors are identified, so the reference is their posterior, for two layers and four paragraphs.
 """
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 
 import vi_toolkit as vi
 
+from .collapsed import start
 from .data import arguments, state_of_the_union
-from .guide import Guide, start
-from .model import variant
+from .guide import Guide
+from .variants import variant
 
 WIDTHS = (6, 3)
 WORDS, EVERY, DOCUMENTS, SHAPE = 300, 40, 4, 0.3
@@ -22,9 +23,9 @@ WORDS, EVERY, DOCUMENTS, SHAPE = 300, 40, 4, 0.3
 def reference_problem():
     """(model, guides, data) whose posterior reference.json holds.
 
-    The weights are known: as :func:`~.guide.start` finds them on every 40th paragraph and its 300
-    most frequent words. data: four of those paragraphs. The units have the shape of the authors'
-    code, 0.3: with 0.1 NUTS takes very long to go along the tails of their logarithms.
+    The weights are known: they are what :func:`~.collapsed.start` finds on every 40th paragraph,
+    with the 300 most frequent words. data: four of those paragraphs. The units have the shape of
+    the authors' code, 0.3; with 0.1 NUTS takes very long to explore the tails of their logarithms.
 
     >>> model, guides, data = reference_problem()
     >>> data["documents"].shape[0], list(guides)

@@ -6,24 +6,51 @@ Ranganath, Tang, Charlin and Blei, "Deep Exponential Families", AISTATS 2015.
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import constraints
 from torch.nn.functional import softplus
 
-WIDTHS = (100, 30, 15)  # from the words up
-SHAPE = 0.1  # of w0, and of z at the start. Sparse: half its mass lies below 0.006 of its mean
-WEIGHT_SHAPE = 0.3  # of the weights between layers
-FAMILIES = (  # latent, weights, link
-    ("gamma", "gamma", "inverse"),
-    ("bernoulli", "normal", "logit"),
-    ("poisson", "normal", "softplus"),
-    ("poisson", "gamma", "log"),
-    ("normal", "normal", "identity"),
-)
-MEAN = {"gamma": 1.0, "bernoulli": 0.1, "poisson": 0.1, "normal": 0.8}  # of what the words see
-OWN = 0.1  # share of the background that is a word's own rate, where it has one, at the start
-FLOOR = 1e-6  # least mean of a Gamma unit, as in the authors' code: with all units above near zero,
-# 1 / mean and its gradient would overflow single precision
+WIDTHS = (100, 30, 15)  # units per layer, from the words up
+SHAPE = 0.1  # of w0, and of Gamma units at the start: half of the draws are below 0.006 of the mean
+WEIGHT_SHAPE = 0.3  # of Gamma weights between layers
+OWN = 0.1  # a word's own rate at the start, as a share of its mean count
+FLOOR = 1e-6  # added to the mean of a Gamma unit, as in the authors' code: if all units above are
+# near zero, 1 / mean and its gradient would overflow single precision
 TINY = 1e-30  # the least rate of a word: keeps its logarithm finite where factors underflow
+# Mean of what the words see of a unit, at the start.
+MEAN = {"gamma": 1.0, "bernoulli": 0.1, "poisson": 0.1, "normal": 0.8}
+
+
+def gamma(shape, mean):
+    """The Gamma distribution by shape and mean: its rate is shape / mean."""
+    return dist.Gamma(shape, shape / mean)
+
+
+RARE = torch.tensor(0.1)  # MEAN of the units that count
+UNITS = {
+    # latent, weights, link: the units given their inputs s and a parameter b; where b starts, and
+    # its range
+    ("gamma", "gamma", "inverse"): (
+        lambda s, b: gamma(b, s + FLOOR),
+        (SHAPE, constraints.positive),
+    ),
+    ("bernoulli", "normal", "logit"): (
+        lambda s, b: dist.Bernoulli(logits=s + b),
+        (RARE.logit().item(), constraints.real),
+    ),
+    ("poisson", "normal", "softplus"): (
+        lambda s, b: dist.Poisson(softplus(s + b)),
+        (RARE.expm1().log().item(), constraints.real),
+    ),
+    ("poisson", "gamma", "log"): (
+        lambda s, b: dist.Poisson(s + b),
+        (MEAN["poisson"], constraints.positive),
+    ),
+    ("normal", "normal", "identity"): (
+        lambda s, b: dist.Normal(s + b, 1.0),
+        (0.0, constraints.real),
+    ),
+}
+FAMILIES = tuple(UNITS)
 
 
 def latents(widths):
@@ -37,9 +64,15 @@ def latents(widths):
 LATENTS = latents(WIDTHS)
 
 
-def gamma(shape, mean):
-    """The Gamma distribution by shape and mean: its rate is shape / mean."""
-    return dist.Gamma(shape, shape / mean)
+def layer_below(z, w, units, b):
+    """Independent units with the inputs z w. z: (N, K), the layer above; w: (K, J); b: (J,)."""
+    return units(z @ w, b).to_event(1)
+
+
+def word_counts(z, w, own, exposure):
+    """Independent counts of all V words. z: (N, K); w: (K, V); own: (V,) or None; exposure: (N,)"""
+    rates = z @ w if own is None else z @ w + own
+    return dist.Poisson(exposure[:, None] * rates.clamp(min=TINY)).to_event(1)
 
 
 def model(
@@ -52,224 +85,68 @@ def model(
     link="inverse",
     learn=True,
     shape=SHAPE,
+    below=layer_below,
+    words=word_counts,
 ):
-    """z_L ~ F(top),  z_l | z_(l+1) ~ F(link(s)), s = z_(l+1) w_l,  x_v ~ Poisson(e (z_1 w_0)_v)
+    """z_L ~ F(0),   z_l | z_(l+1) ~ F(s),  s = z_(l+1) w_l,   x_v | z_1 ~ Poisson(e (z_1 w_0)_v)
 
-    for each document, with w_l and F one of
+    for each document. F and the weights w_l between layers are one of
 
-        latent       weights   link        z_l,k given s
-        "gamma"      "gamma"   "inverse"   Gamma(shape_k, rate = shape_k / s_k), of mean s_k
-        "bernoulli"  "normal"  "logit"     Bernoulli(sigmoid(s_k + b_k))
-        "poisson"    "normal"  "softplus"  Poisson(softplus(s_k + b_k))
-        "poisson"    "gamma"   "log"       Poisson(s_k + b_k)
-        "normal"     "normal"  "identity"  Normal(s_k + b_k, 1); the words see softplus(z_1)
+        latent       weights   link        w_l                   F(s), given s
+        "gamma"      "gamma"   "inverse"   Gamma(0.3, mean 1/K)  Gamma(b, mean s)
+        "bernoulli"  "normal"  "logit"     Normal(0, 1)          Bernoulli(sigmoid(s + b))
+        "poisson"    "normal"  "softplus"  Normal(0, 1)          Poisson(softplus(s + b))
+        "poisson"    "gamma"   "log"       Gamma(0.3, mean 1/K)  Poisson(s + b)
+        "normal"     "normal"  "identity"  Normal(0, 1)          Normal(s + b, 1)
 
-    and w_0 ~ Gamma always, since words need positive rates. Except with Gamma units, which are
-    never zero, words have rates of their own besides: x_v ~ Poisson(e (z_1 w_0 + b_0)_v). The
-    shapes of z, the top layer's means and the intercepts b are parameters, fitted with the guide's
-    (empirical Bayes), or stay where they start if not `learn`.
+    with K the number of units above. w_0 is Gamma in every family, since words need positive rates,
+    and Normal units show the words softplus(z_1). Gamma units are never zero. In the other families
+    all units of a document may be off, so each word also has a rate of its own:
+    x_v ~ Poisson(e (z_1 w_0 + b_0)_v). Gamma units of the top layer have parameters as their means.
+    These means and all b are fitted with the guide's parameters (empirical Bayes), or stay where
+    they start if `learn` is False.
 
-    documents: (N, M, 2), pairs (word, count) filled up with (0, 0); None to draw them. exposure:
-    (N,), the size of each document, 1 being an average one. background: (V,), the mean count of
-    each word in a document of exposure 1. widths: units per layer, from the words up. shape: of
-    Gamma units, at the start.
+    documents: (N, V), the count of each word, or None to draw them. exposure: (N,), the size of
+    each document; an average one has 1. background: (V,), the mean count of each word in a document
+    of exposure 1. widths: units per layer, from the words up. shape: where b starts for Gamma
+    units. below, words: functions that return the distribution of a layer and of the words, in
+    plain torch by default; variants.py has faster ones with the same values. Returns the counts.
     """
-    if (latent, weights, link) not in FAMILIES:
-        known = "; ".join(", ".join(map(repr, family)) for family in FAMILIES)
+    units, (first, support) = family(latent, weights, link)
+    is_gamma, depth, one = latent == "gamma", len(widths), background.new_ones(())
+
+    def parameter(name, start, constraint=constraints.positive):
+        return pyro.param(name, start, constraint=constraint) if learn else start
+
+    b = [None if is_gamma else parameter("b0", OWN * background)]
+    for i, K in enumerate(widths, 1):
+        name, start = (f"z{i}_shape", shape) if is_gamma else (f"b{i}", first)
+        b.append(parameter(name, start * one.expand(K), support))
+    top_mean = parameter("top_mean", one.repeat(widths[-1])) if is_gamma else None
+
+    topic = gamma(SHAPE * one, background / (widths[0] * MEAN[latent]))
+    w = [pyro.sample("w0", topic.expand([widths[0], len(background)]).to_event(2))]
+    for i in range(1, depth):
+        K = widths[i]
+        prior = gamma(WEIGHT_SHAPE * one, one / K) if weights == "gamma" else dist.Normal(0, one)
+        w.append(pyro.sample(f"w{i}", prior.expand([K, widths[i - 1]]).to_event(2)))
+
+    with pyro.plate("documents", len(exposure)) as rows:
+        s = background.new_zeros(len(rows), widths[-1])  # the top layer has no inputs
+        top = gamma(b[-1], top_mean).expand(s.shape) if is_gamma else units(s, b[-1])
+        z = pyro.sample(f"z{depth}", top.to_event(1))
+        for i in range(depth - 1, 0, -1):
+            z = pyro.sample(f"z{i}", below(z, w[i], units, b[i]))
+        x = words(softplus(z) if latent == "normal" else z, w[0], b[0], exposure[rows])
+        return pyro.sample("x", x, obs=None if documents is None else documents[rows])
+
+
+def family(latent, weights, link):
+    """A row of UNITS. Raises ValueError, with the rows that there are, if there is none."""
+    if (latent, weights, link) not in UNITS:
+        known = "; ".join(", ".join(map(repr, row)) for row in UNITS)
         raise ValueError(
             f"there is no family with latent, weights, link = {latent!r}, {weights!r}, {link!r}; "
             f"there are: {known}"
         )
-    depth, terms = len(widths), len(background)
-
-    def parameter(name, size, value, constraint=constraints.positive):
-        start = value if torch.is_tensor(value) else background.new_full((size,), value)
-        return pyro.param(name, start.clone(), constraint=constraint) if learn else start
-
-    mean = (background / (widths[0] * MEAN[latent])).expand(widths[0], terms)
-    w = [pyro.sample("w0", gamma(background.new_tensor(SHAPE), mean).to_event(2))]
-    for layer in range(1, depth):
-        zeros = background.new_zeros(widths[layer], widths[layer - 1])
-        if weights == "gamma":  # a priori s has the mean of z
-            prior = gamma(background.new_tensor(WEIGHT_SHAPE), zeros + 1 / widths[layer])
-        else:
-            prior = dist.Normal(zeros, 1.0)
-        w.append(pyro.sample(f"w{layer}", prior.to_event(2)))
-
-    with pyro.plate("documents", len(exposure)) as rows:
-        z = None
-        for layer in range(depth, 0, -1):
-            units, top = widths[layer - 1], layer == depth
-            if latent == "gamma":
-                s = parameter("top_mean", units, 1.0) if top else z @ w[layer] + FLOOR
-                prior = gamma(parameter(f"z{layer}_shape", units, shape), s)
-                prior = prior.expand([len(rows), units]).to_event(1)
-            else:
-                conditional = conditional_of(latent, link, units, parameter, f"b{layer}")
-                if top:
-                    prior = conditional(background.new_zeros(len(rows), units)).to_event(1)
-                elif latent == "normal":
-                    prior = conditional(z @ w[layer]).to_event(1)
-                else:
-                    prior = Below(z, w[layer], conditional, latent == "bernoulli")
-            z = pyro.sample(f"z{layer}", prior)
-        z = softplus(z) if latent == "normal" else z
-        own = None if latent == "gamma" else parameter("b0", terms, OWN * background)
-        length = None if documents is None else documents.shape[1]
-        words = Words(z, w[0], own, exposure[rows], length, latent)
-        return pyro.sample("x", words, obs=None if documents is None else documents[rows])
-
-
-def variant(
-    widths=WIDTHS, latent="gamma", weights="gamma", link="inverse", learn=True, shape=SHAPE
-):
-    """:func:`model` with its structure fixed, to be called with data alone.
-
-    >>> variant((100, 30), "poisson", "gamma", "log").LATENTS["w1"]
-    (30, 100)
-    """
-
-    def deep_exponential_family(documents=None, exposure=None, background=None):
-        options = (widths, latent, weights, link, learn, shape)
-        return model(documents, exposure, background, *options)
-
-    deep_exponential_family.LATENTS = latents(widths)
-    return deep_exponential_family
-
-
-# The table of the paper: sparse Gamma, sigmoid, Poisson with real weights, Poisson with log link.
-VARIANTS = {
-    "sparse gamma 100": variant((100,)),
-    "sparse gamma 100-30": variant((100, 30)),
-    "sparse gamma 100-30-15": variant((100, 30, 15)),
-    "sigmoid 100-30-15": variant((100, 30, 15), "bernoulli", "normal", "logit"),
-    "poisson 100-30-15": variant((100, 30, 15), "poisson", "normal", "softplus"),
-    "poisson log-link 100-30-15": variant((100, 30, 15), "poisson", "gamma", "log"),
-}
-
-
-def conditional_of(latent, link, units, parameter, name):
-    """s -> the conditional of a layer that is not Gamma; at s = 0 its mean starts at MEAN."""
-    start = torch.tensor(MEAN[latent])
-    if link == "log":
-        intercept = parameter(name, units, MEAN[latent])
-        return lambda s: dist.Poisson(s + intercept)
-    first = {"logit": start.logit(), "softplus": start.expm1().log(), "identity": 0 * start}[link]
-    intercept = parameter(name, units, first.item(), constraints.real)
-    if latent == "poisson":
-        return lambda s: dist.Poisson(softplus(s + intercept))
-    if latent == "bernoulli":
-        return lambda s: dist.Bernoulli(logits=s + intercept)
-    return lambda s: dist.Normal(s + intercept, 1.0)
-
-
-def step(z, binary):
-    """Which way each unit can go: up, or down where it is binary and on."""
-    return 1 - 2 * z if binary else torch.ones_like(z)
-
-
-def with_differences(value, z, difference):
-    """`value` (...,), a function of z (..., K), with derivatives `difference` (..., K) in z.
-
-    By them a guide's units that count are fitted, see differences.py. difference: a function that
-    returns them, called if there is somebody to ask for them.
-    """
-    if not z.requires_grad:
-        return value
-    with torch.no_grad():
-        slope = difference()
-    return value + ((z - z.detach()) * slope).sum(-1)
-
-
-class Below(TorchDistribution):
-    """Units below a layer that counts: independent, of the `conditional` given s = z w.
-
-    z: (N, K), of the layer above, with differences for derivatives; w: (K, J).
-    """
-
-    arg_constraints = {"z": constraints.real, "w": constraints.real}  # noqa: RUF012
-    has_rsample = False
-
-    def __init__(self, z, w, conditional, binary, validate_args=None):
-        self.z, self.w, self.conditional, self.binary = z, w, conditional, binary
-        self.base = conditional(z.detach() @ w)
-        super().__init__(z.shape[:-1], w.shape[-1:], validate_args=False)
-
-    @property
-    def support(self):
-        return constraints.independent(self.base.support, 1)
-
-    @property
-    def mean(self):
-        return self.base.mean
-
-    def expand(self, batch_shape, _instance=None):
-        z = self.z.expand(*batch_shape, self.z.shape[-1])
-        return Below(z, self.w, self.conditional, self.binary)
-
-    def log_prob(self, value):
-        def difference():
-            direction = step(self.z, self.binary)
-            s = (self.z @ self.w)[..., None, :] + direction[..., None] * self.w
-            value_ = value.detach()
-            moved = self.conditional(s).log_prob(value_[..., None, :]).sum(-1)
-            return direction * (moved - self.base.log_prob(value_).sum(-1, keepdim=True))
-
-        return with_differences(self.base.log_prob(value).sum(-1), self.z, difference)
-
-    def sample(self, sample_shape=()):
-        return self.base.sample(sample_shape)
-
-
-class Words(TorchDistribution):
-    """Independent Poisson counts of every word of the vocabulary, kept as (word, count) pairs.
-
-    rate of word v in document n = exposure_n ((z_n w)_v + own_v). Only the counts that are not zero
-    are kept; the others enter through the sum of the rates, z_n (w 1).
-
-    z: (N, K); w: (K, V); own: (V,) or None; exposure: (N,); length: pairs per document, M; latent:
-    of z, with differences for derivatives where z counts. A value is (N, M, 2), filled up with
-    (0, 0).
-    """
-
-    arg_constraints = {"z": constraints.real, "w": constraints.real}  # noqa: RUF012
-    support = constraints.independent(constraints.nonnegative_integer, 2)
-    has_rsample = False
-
-    def __init__(self, z, w, own, exposure, length, latent="gamma", validate_args=None):
-        self.z, self.w, self.own, self.exposure, self.latent = z, w, own, exposure, latent
-        self.length = w.shape[-1] if length is None else length
-        super().__init__(z.shape[:-1], (self.length, 2), validate_args=False)
-
-    def log_prob(self, value):
-        row, place = (value[..., 1] > 0).nonzero(as_tuple=True)
-        word, count = value[row, place].unbind(1)
-        count = count.to(self.z.dtype)
-        counting = self.latent in ("bernoulli", "poisson")
-        z = self.z.detach() if counting else self.z
-        of_word = self.w.T.contiguous()[word]
-        rate, total = (z[row] * of_word).sum(1), z @ self.w.sum(1)
-        if self.own is not None:
-            rate, total = rate + self.own[word], total + self.own.sum()
-        rate = rate.clamp(min=TINY)
-        each = count * (self.exposure[row] * rate).log() - torch.lgamma(count + 1)
-        found = torch.zeros_like(total).index_add(0, row, each) - self.exposure * total
-        if not counting:
-            return found
-
-        def difference():
-            direction = step(z, self.latent == "bernoulli")
-            moved = (direction[row] * of_word / rate[:, None]).clamp_(min=1e-6 - 1).log1p_()
-            moved = torch.zeros_like(z).index_add(0, row, moved.mul_(count[:, None]))
-            return direction * moved - self.exposure[:, None] * self.w.sum(1)
-
-        return with_differences(found, self.z, difference)
-
-    @torch.no_grad()
-    def sample(self, sample_shape=()):
-        rates = self.z @ self.w
-        if self.own is not None:
-            rates = rates + self.own
-        counts = torch.poisson(self.exposure[:, None] * rates)
-        count, word = counts.topk(self.length, -1)
-        return torch.stack([word * (count > 0), count.long()], -1)
+    return UNITS[latent, weights, link]

@@ -1,4 +1,4 @@
-"""Pictures of a fitted deep exponential family: its topics of topics, and a document read by it."""
+"""Figures of a fitted deep exponential family: its topics of topics, and one document's factors."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,11 +8,11 @@ from pyro import poutine
 
 
 def top_words(w, background, vocabulary, count=8):
-    """The words that say most about each unit: lists of `count`, best first.
+    """The most characteristic words of each unit: lists of `count`, best first.
 
-    w: (K, V) weights; background: (V,). Ranked by p log(p / p_0), p the unit's distribution over
-    words and p_0 that of all documents, which is a word's part of KL(p || p_0): frequent in the
-    topic, and more so than elsewhere.
+    w: (K, V) weights; background: (V,). Words are ranked by p log(p / p_0), with p the unit's
+    distribution over words and p_0 that of all documents. This is the word's part of KL(p || p_0):
+    it is large for words that are frequent in the topic, and more frequent than elsewhere.
     """
     p = w / w.sum(1, keepdim=True)
     p0 = background / background.sum()
@@ -29,8 +29,9 @@ def means(fit):
 def topic_tree(fit, vocabulary, children=3, units=5, words=5):
     """The top two layers of a sparse Gamma DEF as a tree, with the words under each unit.
 
-    The `units` top units through which most expected words pass, and for each the `children` units
-    below it with the greatest weights, as lines of that width. Returns the figure.
+    Shows the `units` top units with the most expected words, and for each the `children` units
+    below it that pass on most of these words. A line's width is its share of them. Returns the
+    figure.
     """
     w = means(fit)
     if len(w) < 2:
@@ -44,7 +45,7 @@ def topic_tree(fit, vocabulary, children=3, units=5, words=5):
     labels_above = top_words(below, background, vocabulary, words)
     labels_below = top_words(lower, background, vocabulary, words)
     figure, axes = plt.subplots(figsize=(11, 1.15 * units * children / 2 + 1))
-    shares = upper * lower.sum(1)  # expected words by way of each edge
+    shares = upper * lower.sum(1)  # expected words along each edge
     row = 0
     for unit in order:
         best = shares[unit].argsort(descending=True)[:children].tolist()
@@ -64,8 +65,8 @@ def topic_tree(fit, vocabulary, children=3, units=5, words=5):
     axes.set_ylim(-row + 0.2, 0.8)
     axes.axis("off")
     axes.set_title(
-        f"Topics of topics: layer {len(w)} (left) and layer {len(w) - 1}; "
-        "lines: share of the unit's expected words",
+        f"Topics of layer {len(w)} (left) and the topics of layer {len(w) - 1} that they contain.\n"
+        "Line width: share of the upper topic's expected words",
         fontsize=11,
     )
     figure.tight_layout()
@@ -73,12 +74,12 @@ def topic_tree(fit, vocabulary, children=3, units=5, words=5):
 
 
 def document_through_layers(fit, row, vocabulary, draws=50, units=6, words=5):
-    """What each layer says of one document: the expected words due to its strongest units.
+    """The strongest units of each layer in one document, by their expected numbers of words.
 
-    row: of `fit.data`. Returns the figure.
+    row: the document's number in `fit.data`. Returns the figure.
     """
     w = means(fit)
-    # A store of its own: the guide registers its parameters, and the caller's stays as it was.
+    # The guide registers its parameters, so it gets a store of its own; the caller's is kept.
     with torch.no_grad(), pyro.get_param_store().scope():
         one = {
             key: value[row : row + 1] if key in ("documents", "exposure") else value
@@ -100,6 +101,6 @@ def document_through_layers(fit, row, vocabulary, draws=50, units=6, words=5):
         ax.set_yticks(y, [", ".join(labels[unit]) for unit in best], fontsize=7)
         ax.invert_yaxis()
         ax.set_title(f"layer {layer + 1}", fontsize=10)
-        ax.set_xlabel("expected words due to the unit (bars: mean; lines: 90 %)", fontsize=8)
+        ax.set_xlabel("expected number of words (bar: mean, line: 90 % interval)", fontsize=8)
     figure.tight_layout()
     return figure

@@ -1,6 +1,10 @@
 """Closed-form KL of a LogNormal against quadrature, and where the ELBO uses it."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -9,12 +13,14 @@ import pytest
 import scipy.integrate
 import torch
 from pyro.infer.autoguide import AutoNormal
-from torch.distributions import kl_divergence
 
 import vi_toolkit as vi
 from tests.estimators.checks import assert_unbiased
 from tests.estimators.models import flat, gradient, gradients
 from tests.tolerances import Z
+from vi_toolkit.estimators.divergence import kl_divergence
+
+ROOT = Path(__file__).parents[2]
 
 ONE = torch.ones((), dtype=torch.float64)
 PRIORS = {
@@ -41,6 +47,59 @@ def test_the_kl_of_a_lognormal_agrees_with_quadrature(name, loc, scale):
     assert float(kl_divergence(q, prior)) == pytest.approx(expected, abs=1e-8)
     together = kl_divergence(q.expand([3]).to_event(1), prior.expand([3]).to_event(1))
     assert float(together) == pytest.approx(3 * expected, abs=1e-7)
+
+
+def test_divergence_of_a_lognormal_from_a_gamma():
+    q = dist.LogNormal(torch.tensor([-1.0, 0.5]).double(), torch.tensor([0.7, 1.1]).double())
+    p = dist.Gamma(torch.tensor([0.1, 3.0]).double(), torch.tensor([0.3, 2.0]).double())
+    torch.manual_seed(0)
+    z = q.sample((200_000,))
+    sampled = q.log_prob(z) - p.log_prob(z)
+    error = sampled.std(0) / math.sqrt(len(z))
+    assert ((kl_divergence(q, p) - sampled.mean(0)).abs() < Z * error).all()
+
+
+def test_wrapped_pairs():
+    torch.manual_seed(0)
+    q = dist.LogNormal(torch.randn(4, 3).double(), torch.rand(4, 3).double() + 0.1)
+    p = dist.Gamma(torch.rand(4, 3).double() + 0.5, torch.rand(4, 3).double() + 0.5)
+    each = kl_divergence(q, p)
+    assert each.shape == (4, 3)
+    torch.testing.assert_close(kl_divergence(q.to_event(1), p.to_event(1)), each.sum(1))
+    twice = kl_divergence(q.to_event(1).to_event(1), p.to_event(2))
+    torch.testing.assert_close(twice, each.sum())
+    first, second = torch.rand(2, 4, 3) > 0.4
+    masked = kl_divergence(q.mask(first), p.mask(second))
+    torch.testing.assert_close(masked, each * first * second)
+    whole = kl_divergence(q.mask(True).to_event(1), p.mask(second).to_event(1))
+    torch.testing.assert_close(whole, (each * second).sum(1))
+    assert kl_divergence(q.mask(False), p.mask(second)) == 0
+    half = [dist.transforms.AffineTransform(0.0, 0.5)]
+    scaled = (dist.TransformedDistribution(fn, half) for fn in (q, p))
+    torch.testing.assert_close(kl_divergence(*scaled), each)
+    for a, b in ((q, p.mask(second)), (q.to_event(1), p), (q, dist.HalfCauchy(p.rate))):
+        with pytest.raises(NotImplementedError):
+            kl_divergence(a, b)
+
+
+def test_imports_leave_torchs_table_of_divergences_alone():
+    code = """
+import importlib, pkgutil
+import pyro.infer.autoguide
+from torch.distributions.kl import _KL_REGISTRY
+
+before = dict(_KL_REGISTRY)
+for package in ("vi_toolkit", "recipes"):
+    root = importlib.import_module(package)
+    for module in pkgutil.walk_packages(root.__path__, package + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+assert _KL_REGISTRY == before, set(_KL_REGISTRY) ^ set(before)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 def positive():

@@ -10,13 +10,11 @@ import torch
 from pyro.distributions import LogNormal
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoNormal
-from torch.distributions import Independent, biject_to, constraints, kl_divergence
+from torch.distributions import Independent, biject_to, constraints
 
 from vi_toolkit.errors import PreflightError
-from vi_toolkit.estimators import (
-    dependencies,
-    divergence,  # noqa: F401  (its closed forms join torch's)
-)
+from vi_toolkit.estimators import dependencies
+from vi_toolkit.estimators.divergence import kl_divergence
 from vi_toolkit.estimators.particles import (
     ParticleELBO,
     Tensors,
@@ -44,7 +42,7 @@ class Reparam(ParticleELBO):
     Args:
         particles: Monte Carlo samples per gradient, vectorised.
         analytic_kl: replace log q - log p of a latent by KL(q || p) in closed form where there
-            is one (torch's, and :mod:`~vi_toolkit.estimators.divergence`) and where it is right:
+            is one (:func:`~vi_toolkit.estimators.divergence.kl_divergence`) and where it is right:
             the latent's prior must not depend on anything that the guide draws given the latent.
             What each latent got is in :attr:`kl`; those that could not have it are named in one
             warning. Less noise, and less work: where ``AutoNormal`` has hundreds of thousands of
@@ -205,7 +203,7 @@ def _kl_fitness(
     except NotImplementedError:
         fn = q["fn"] if name == latent else _on_the_models_scale(q["fn"], p["fn"])
         kinds = f"{type(fn).__name__} and {type(p['fn']).__name__}"
-        return f"torch has no closed form for {kinds}"
+        return f"there is no closed form for {kinds}"
     if kl.shape != log_density(q).shape or kl.shape != log_density(p).shape:
         return "the shapes of the pair differ"
     return "analytic"
