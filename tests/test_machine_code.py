@@ -121,7 +121,7 @@ vi.fit(regression, AutoNormal, regression_data(), progress=False)  # its Hessian
 before = len(seen)
 fit = vi.fit(regression, AutoNormal, regression_data(), steps=30, compile=True, optimizer=0.02,
              progress=False)
-print(before, len(seen), fit._stochastic.stepper.compiles)
+print(before, len(seen), fit.run.stages.stepper.compiles)
 """
     done = run(script, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]

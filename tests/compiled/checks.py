@@ -25,7 +25,7 @@ def interpret(body, carried, fixed, checked):
 
 def running(fit):
     """The stochastic fit in progress inside a fit."""
-    return fit._stochastic
+    return fit.run.stages
 
 
 def accelerator_of(fit):

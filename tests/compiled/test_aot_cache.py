@@ -55,7 +55,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", vi.CompileWarning)
     fit = vi.fit(regression, AutoNormal, regression_data(), steps={steps}, progress=False,
                  optimizer=0.02, compile={compile!r})
-print(json.dumps({{"elbo": fit.elbo.tolist(), "compiled": fit._stochastic.stepper.compiles,
+print(json.dumps({{"elbo": fit.elbo.tolist(), "compiled": fit.run.stages.stepper.compiles,
                    "warnings": [str(w.message) for w in caught
                                 if issubclass(w.category, vi.CompileWarning)]}}))
 """

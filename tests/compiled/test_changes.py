@@ -38,8 +38,14 @@ def test_changes_from_outside_between_looks_are_followed(what, monkeypatch):
         elif what == "plate size":
             monkeypatch.setitem(sizes, "n", 20)
         else:
-            running.optimizer.param_groups[0]["lr"] = 0.1
+            optimizers[-1].param_groups[0]["lr"] = 0.1
         return False
+
+    optimizers = []
+
+    def adam(leaves):
+        optimizers.append(torch.optim.Adam(leaves, lr=0.02))
+        return optimizers[-1]
 
     fits = []
     for compile in (False, True):
@@ -49,9 +55,9 @@ def test_changes_from_outside_between_looks_are_followed(what, monkeypatch):
                 AutoNormal,
                 DATA,
                 steps=700,
-                optimizer=0.02,
+                optimizer=adam,
                 compile=compile,
-                stop=callback,
+                callback=callback,
                 progress=False,
             )
         )
@@ -77,7 +83,7 @@ def test_data_changed_between_two_runs_are_seen():
     for compile in (False, True):
         data = {"counts": Y.abs().round(), "group": (X[:, 0] > 0).long()}
         fit = vi.fit(model, AutoNormal, data, steps=20, compile=compile, progress=False)
-        fit._data["counts"].add_(7.0)
+        fit.workspace.data["counts"].add_(7.0)
         fits.append(fit.extend(20))
     assert_same(*fits)
     assert fits[1].elbo[20:].mean() < fits[1].elbo[:20].mean() - 20
@@ -183,7 +189,7 @@ def test_a_parameter_replaced_from_outside_raises_as_it_does_eagerly():
                 log_normal,
                 DATA,
                 steps=700,
-                stop=callback,
+                callback=callback,
                 compile=compile,
                 progress=False,
             )
