@@ -1,4 +1,4 @@
-"""Predictions at the fit's own rows and at new ones, and what masks and scales leave of the data."""
+"""Predictions at the fit's own rows and at new ones; what masks and scales leave of the data."""
 
 import math
 

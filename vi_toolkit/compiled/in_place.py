@@ -14,7 +14,7 @@ from vi_toolkit.torch_private import schema, storage_id
 aten = torch.ops.aten
 
 
-class InPlaceChanges(torch_private.TorchDispatchMode):  # type: ignore[misc]
+class InPlaceChanges(torch_private.TorchDispatchMode):
     """Records which outside tensors a step changes in place, so that the changes can be undone.
 
     Also records the tensors whose values decide what the step computes. A value may be read if it

@@ -143,7 +143,7 @@ def hessians(joint: Joint, u: torch.Tensor) -> torch.Tensor:
     Forward over reverse differentiation; central differences of the gradient where an operator
     of the model has no forward derivative (relative error about 1e-9 in float64).
     """
-    if joint.many.vectorises is not False and not getattr(joint, "_no_forward", False):
+    if joint.many.vectorises is not False and joint.forward_mode:
         chunk = max(1, joint.chunk // joint.dim)
         try:
             with warnings.catch_warnings():
@@ -153,7 +153,7 @@ def hessians(joint: Joint, u: torch.Tensor) -> torch.Tensor:
         except torch.linalg.LinAlgError:
             pass  # one bad point fails the batch; differences treat the points one by one
         except (RuntimeError, NotImplementedError):
-            joint._no_forward = True  # type: ignore[attr-defined]
+            joint.forward_mode = False
     step = 1e-4 * (1 + u.abs()) if u.dtype == torch.float64 else 1e-2 * (1 + u.abs())
     offsets = torch.diag_embed(step)  # (S, d, d)
     points = torch.cat([u[:, None] + offsets, u[:, None] - offsets], 1).reshape(-1, u.shape[-1])

@@ -101,6 +101,7 @@ class Joint:
         names: the d scalar names on the unconstrained scale.
         dim: d.
         observations: number of observed scalars.
+        forward_mode: whether the model's operators have forward derivatives, as far as is known.
         compiled: evaluates gradients by machine code if it is not None; see
             :func:`vi_toolkit.machine_code.compile_joint`.
 
@@ -144,6 +145,7 @@ class Joint:
         # A draw's work is at least its observations; beyond this many numbers at once a batch
         # leaves the cache and only costs memory.
         self.chunk = max(8, int(1e6 // max(self.observations + self.dim, 1)))
+        self.forward_mode = True
         self.compiled: MachineCode | None = None
         nan = torch.full((), float("nan"), dtype=self.start.dtype)
         self.many = Batched(self.log_density, self.chunk, bad_point=lambda: nan)

@@ -34,7 +34,7 @@ class Jump:
 
     def __str__(self) -> str:
         return (
-            f"The model's log density jumps by {abs(self.nats):.3g} nats where {self.site!r} passes "
+            f"The log density jumps by {abs(self.nats):.3g} nats where {self.site!r} passes "
             f"{self.at:.4g}, and reparameterised gradients do not see jumps: a fit by them is "
             f"wrong. Sum over {self.site!r}, or use "
             f"estimator=vi.Score(8, vi.LeaveOneOut(), sites=[{self.site!r}])."

@@ -86,8 +86,8 @@ def predictions(
             f"The model does not run on the new data: {reason}",
             remedy="It is called as model(**data), with the posterior's draws for its latents: "
             f"give what the fit was given ({', '.join(workspace.given_data)}), with as many "
-            "columns and no group that the fit has not seen (or redraw=[the group's effects]); leave out "
-            "or set to None what is observed.",
+            "columns and no group that the fit has not seen (or redraw=[the group's effects]); "
+            "leave out or set to None what is observed.",
         ) from error
     if not out:
         raise ValueError(nothing_observed(workspace))

@@ -12,8 +12,8 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.params.param_store import ParamStoreDict
-from torch.utils import _pytree as pytree
 
+from vi_toolkit import torch_private
 from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
 from vi_toolkit.programs.joint import Joint
 from vi_toolkit.programs.minibatches import FAILURES, PlatePlan, plan_of_large_plate
@@ -281,7 +281,7 @@ class Workspace:
         with self.isolated(seeded_state(seed)), torch.no_grad():
             out = Batched(one, self.chunk, random)(*draws)
             # A site's value may be a parameter itself, which changes when the block ends.
-            return pytree.tree_map(lambda t: t.detach().clone(), out)
+            return torch_private.tree_map(lambda t: t.detach().clone(), out)
 
     def over_draws(
         self, one: Callable[[Draws], Draws], draws: Draws, *, random: bool, seed: int

@@ -85,7 +85,7 @@ class StochasticRun:
     def start(
         self, steps: int | None, description: str, show: bool, callback: Callback | None
     ) -> bool:
-        """Take ``steps`` steps, or as many as convergence needs; returns whether Ctrl-C ended it."""
+        """Take ``steps`` steps, or until convergence; returns whether Ctrl-C ended it."""
         return self._advance(steps, description, show, callback)
 
     def extend(self, steps: int | None, show: bool, callback: Callback | None = None) -> bool:
