@@ -100,7 +100,7 @@ def unconstrained_parameter(
         >>> module = PyroModule()
         >>> module.scale = PyroParam(torch.tensor(1.0), constraints.positive)
         >>> leaf, constraint = unconstrained_parameter(module, "scale")
-        >>> float(leaf), constraint  # log(1)
+        >>> leaf.item(), constraint  # log(1)
         (0.0, GreaterThan(lower_bound=0.0))
     """
     *path, last = name.split(".")

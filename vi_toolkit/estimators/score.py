@@ -146,9 +146,9 @@ class Score(ParticleELBO):
                 site = _resolve(name, drawn)
                 if site is None or site not in self._chosen:
                     raise PreflightError(
-                        f"There is a baseline for {name!r}, which uses no score.",
+                        f"There is a baseline for {name!r}, where no score is used.",
                         site=name,
-                        remedy=f"These sites do: {', '.join(sorted(self._chosen))}.",
+                        remedy=f"Sites with a score: {', '.join(sorted(self._chosen))}.",
                     )
                 if one is not None:
                     self._baselines[site] = one
