@@ -30,7 +30,7 @@ def moments(fit):
 
 
 def fitted(model, guide, data=None, **options):
-    return vi.fit(model, guide, data or {}, progress=False, **options)
+    return vi.fit(model, guide, {} if data is None else data, progress=False, **options)
 
 
 def shifted_fit(shift, scale):

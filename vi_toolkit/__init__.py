@@ -3,7 +3,7 @@
 ``fit`` runs it, ``compare`` sets it beside a reference posterior, ``Fit`` holds what came out.
 """
 
-from vi_toolkit.comparison import compare
+from vi_toolkit.comparison import compare, plot_comparisons
 from vi_toolkit.diagnostics.bounds import error_bounds
 from vi_toolkit.diagnostics.chains import warm_chains
 from vi_toolkit.diagnostics.convergence import convergence
@@ -41,6 +41,7 @@ from vi_toolkit.estimators import (
 from vi_toolkit.fitting import fit
 from vi_toolkit.reference.reference import Reference
 from vi_toolkit.result import Fit, load
+from vi_toolkit.version import __version__
 
 __all__ = [
     "CompileError",
@@ -62,6 +63,7 @@ __all__ = [
     "RunningMean",
     "Score",
     "VIError",
+    "__version__",
     "compare",
     "convergence",
     "diagnose",
@@ -74,6 +76,7 @@ __all__ = [
     "log_evidence",
     "missed_modes",
     "pareto_k",
+    "plot_comparisons",
     "predictive_check",
     "psis",
     "suggest_guide",

@@ -11,8 +11,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import vi_toolkit as vi
 from tests.models import regression, regression_data
-from vi_toolkit import fitting
 from vi_toolkit.compiled import density
+from vi_toolkit.deterministic import run
 from vi_toolkit.machine_code import compile_joint
 from vi_toolkit.programs.joint import Joint
 from vi_toolkit.reference import nuts
@@ -192,7 +192,7 @@ def test_a_deterministic_fit_is_the_same_compiled(guide, monkeypatch):
         torch.testing.assert_close(compiled.params[name], value, rtol=1e-5, atol=1e-6)
     small = vi.fit(regression, guide, regression_data(), progress=False)
     assert small.joint.compiled is None
-    monkeypatch.setattr(fitting, "COMPILED_WORK", 1)
+    monkeypatch.setattr(run, "COMPILED_WORK", 1)
     assert vi.fit(regression, guide, regression_data(), progress=False).joint.compiled is not None
 
 
@@ -201,7 +201,7 @@ def test_a_fit_that_cannot_be_compiled_is_eager_and_says_so(monkeypatch):
         raise vi.CompileError("there is no working C++ compiler")
 
     monkeypatch.setattr(density, "compile_graph", fails)
-    monkeypatch.setattr(fitting, "COMPILED_WORK", 1)
+    monkeypatch.setattr(run, "COMPILED_WORK", 1)
     with pytest.warns(vi.CompileWarning, match="no working C\\+\\+ compiler"):
         fit = vi.fit(regression, AutoNormal, regression_data(), progress=False)
     assert fit.converged

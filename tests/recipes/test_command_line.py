@@ -99,13 +99,13 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     code = """
 import os, signal
 from recipes.__main__ import app
-from vi_toolkit import fitting
+from vi_toolkit.deterministic import run
 
-run = fitting.det.run
+original = run.solve_rounds
 def signalled(*arguments, **options):
     os.kill(os.getpid(), signal.SIGINT)
-    return run(*arguments, **options)
-fitting.det.run = signalled
+    return original(*arguments, **options)
+run.solve_rounds = signalled
 app(["run", "linear_regression", "--output", "."])
 """
     finished = subprocess.run(

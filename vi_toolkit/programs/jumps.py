@@ -51,12 +51,12 @@ def jumps_of(workspace: Workspace, seed: int) -> list[Jump]:
         return []
     try:
         joint = workspace.joint
-        draws = guide_draws(workspace, 2 * PAIRS, seed)
-        with workspace.isolated(seeded_state(seed)), torch.no_grad():
-            points = joint.flatten({name: draws[name] for name in joint.sites})
-            return find_jumps(joint, points.to(joint.start.dtype))
-    except (KeyError, NotImplementedError):  # no density of continuous latents alone
+    except (NotImplementedError, ValueError):  # not all latents are continuous
         return []
+    draws = guide_draws(workspace, 2 * PAIRS, seed)
+    with workspace.isolated(seeded_state(seed)), torch.no_grad():
+        points = joint.flatten({name: draws[name] for name in joint.sites})
+        return find_jumps(joint, points.to(joint.start.dtype))
 
 
 def find_jumps(joint: Joint, draws: torch.Tensor) -> list[Jump]:
