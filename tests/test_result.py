@@ -37,7 +37,7 @@ def test_rows_that_change_on_every_run_are_not_predicted(rows):
             use()
     fit = fitted(model, AutoNormal, rows, subsample={"obs": 10}, steps=20)
     assert fit.predict(5)["y"].shape == (5, 50)
-    assert fit.log_likelihood(n=5)["y"].shape == (5, 50)
+    assert fit.log_likelihood(num_draws=5)["y"].shape == (5, 50)
 
 
 def test_a_likelihood_that_is_a_factor_cannot_be_predicted():

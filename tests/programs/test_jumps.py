@@ -116,3 +116,15 @@ def test_who_asks_for_path_gradients_is_told_and_not_told_converged(options, tmp
     again = vi.load(tmp_path / "fit", sign, AutoNormal)
     assert not again.converged
     assert again.convergence == fit.convergence
+
+
+def test_a_jump_is_seen_in_minibatches_too():
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(torch.where(z > 0.1, 0.1, -0.1), 1.0), obs=y)
+
+    y = torch.randn(6_000, generator=torch.Generator().manual_seed(0))
+    options = {"subsample": {"rows": 50}, "steps": 20, "estimator": vi.Reparam()}
+    with pytest.warns(vi.ConvergenceWarning, match=r"jumps by .* where 'z' passes 0\.1"):
+        vi.fit(model, AutoNormal, {"y": y}, optimizer=0.3, progress=False, **options)

@@ -101,8 +101,8 @@ def test_latents_of_the_rows_have_the_shapes_of_the_whole_data(guide, tmp_path):
     fit = minibatch_fit(latent_rows, guide, given)
     assert f"z[{ROWS}]" in repr(fit)
     assert fit.sample(2)["z"].shape == (2, ROWS)
-    assert fit.predict(n=2)["y"].shape == (2, ROWS)
-    assert fit.log_likelihood(n=2)["y"].shape == (2, ROWS)
+    assert fit.predict(num_draws=2)["y"].shape == (2, ROWS)
+    assert fit.log_likelihood(num_draws=2)["y"].shape == (2, ROWS)
     assert {tuple(p.shape) for p in fit.params.values()} == {(ROWS,)}
     fit.save(tmp_path / "fit")
     loaded = vi.load(tmp_path / "fit", latent_rows, guide)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import pyro.poutine as poutine
 import torch
 
-from vi_toolkit.programs.guide_draws import guide_draws
 from vi_toolkit.programs.isolation import seeded_state
 from vi_toolkit.programs.joint import Joint
-from vi_toolkit.programs.workspace import Workspace
+from vi_toolkit.programs.minibatches import PlatePlan
+from vi_toolkit.programs.noise import FunctionalNoise
+from vi_toolkit.programs.workspace import Draws, Workspace
 
 PAIRS = 128  # of draws, between which jumps are looked for
 LEAST_PAIRS = 16
@@ -41,20 +46,39 @@ class Jump:
         )
 
 
-def jumps_of(workspace: Workspace, seed: int) -> list[Jump]:
+def jumps_of(workspace: Workspace, seed: int, plan: PlatePlan | None = None) -> list[Jump]:
     """The largest jump in each site, between draws of the guide; the largest first.
 
     Empty where the density is continuous, and where it cannot be looked at: latents are discrete
     or summed out, or there are too many data to look at them again.
+
+    Args:
+        workspace: with the guide fitted.
+        seed: of the draws.
+        plan: looks at the first minibatch only, instead of all rows.
     """
     if workspace.summed_out:
         return []
-    try:
-        joint = workspace.joint
-    except (NotImplementedError, ValueError):  # not all latents are continuous
-        return []
-    draws = guide_draws(workspace, 2 * PAIRS, seed)
+    data: Mapping[str, Any] = workspace.data
+    handler: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if plan is not None:
+        data, handler = plan.apply(workspace.data, torch.arange(plan.batch))
+
+    def model(**arguments: Any) -> Any:
+        with handler:
+            return workspace.model(**arguments)
+
+    def one(_: torch.Tensor) -> Draws:
+        with FunctionalNoise(), handler:
+            trace = poutine.trace(workspace.guide).get_trace(**data)
+        return {name: trace.nodes[name]["value"] for name in workspace.latents}
+
     with workspace.isolated(seeded_state(seed)), torch.no_grad():
+        try:
+            joint = workspace.joint if plan is None else Joint(model, data)
+        except (NotImplementedError, ValueError):  # not all latents are continuous
+            return []
+        draws = workspace.many(one, torch.zeros(2 * PAIRS), random=True, seed=seed)
         points = joint.flatten({name: draws[name] for name in joint.sites})
         return find_jumps(joint, points.to(joint.start.dtype))
 

@@ -143,7 +143,7 @@ class StochasticRun:
     def look_for_jumps(self) -> None:
         """See whether the gradients missed jumps of the density, where they cannot see them."""
         if isinstance(self.settings.estimator, Reparam | PathDerivative):
-            self.jumps = jumps_of(self.workspace, self.seed)
+            self.jumps = jumps_of(self.workspace, self.seed, self.stages.plan)
 
     # ---------------------------------------------------------------- what it found
 
