@@ -12,7 +12,7 @@ from tests.support import quietly
 
 
 def test_an_interrupted_deterministic_fit_can_be_extended_to_the_same_end(monkeypatch):
-    from vi_toolkit.deterministic import run as deterministic
+    from vi_toolkit.deterministic import rounds as deterministic
 
     y = {"y": torch.randn(12, generator=torch.Generator().manual_seed(0))}
     whole = vi.fit(scale_model, AutoMultivariateNormal, y, progress=False)

@@ -156,7 +156,7 @@ def test_a_latent_of_autonormal_is_called_by_its_own_name():
 def test_fit_chooses_the_score_estimator_where_it_must():
     """Discrete latents without asking; q can be exact, and comes near."""
     fit = quietly(Indexed.model, Indexed.guide, Indexed.data, steps=3000, optimizer=0.05)
-    assert "LeaveOneOut" in repr(fit._estimator)
+    assert "LeaveOneOut" in repr(fit.run.settings.estimator)
     y = Indexed.y
     joint = torch.stack([dist.Normal(k, 0.5).log_prob(y) + math.log(0.5) for k in (0.0, 1.0)])
     evidence = float(joint.logsumexp(0).sum())
