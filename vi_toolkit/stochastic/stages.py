@@ -40,6 +40,7 @@ from vi_toolkit.programs.isolation import (
 from vi_toolkit.programs.leaves import flat, unflat, unique_leaves
 from vi_toolkit.programs.minibatches import Minibatches, PlatePlan
 from vi_toolkit.programs.nonfinite import blame
+from vi_toolkit.programs.sites import is_factor, is_point, is_term
 
 BLOCKS = 64  # block means at a check; if the stage goes on, neighbours merge
 FIRST_BLOCK = 10  # steps per block at the start
@@ -231,7 +232,7 @@ class Stochastic:
             log_q = sum(
                 site["fn"].log_prob(site["value"].detach()).sum()
                 for site in trace.nodes.values()
-                if site["type"] == "sample" and type(site["fn"]).__name__ not in _NO_DENSITY
+                if is_term(site) and not (is_point(site) or is_factor(site))
             )
             if not isinstance(log_q, torch.Tensor) or not log_q.requires_grad:
                 return total
@@ -333,9 +334,6 @@ class Stochastic:
         self.elbo = state["elbo"].tolist()
         if hasattr(self.estimator, "load_state"):
             self.estimator.load_state(state["estimator"])
-
-
-_NO_DENSITY = {"_Subsample", "Delta", "Unit"}
 
 
 def drifts(blocks: torch.Tensor) -> bool:
