@@ -47,6 +47,9 @@ class Start:
             self.optimizer = torch.optim.Adam(self.leaves, lr=RATE)
             self.optimizer.step()
 
+    def next_rates(self, steps: int) -> None:
+        """No learning-rate schedule."""
+
 
 def ours(problem: Problem, data: dict[str, torch.Tensor], restarts: int) -> Turn:
     first, *others = (Start(problem, data, seed) for seed in range(restarts))

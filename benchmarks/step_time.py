@@ -282,6 +282,9 @@ class Parts:
     plan: PlatePlan | None
     leaves: list[torch.Tensor]
 
+    def next_rates(self, steps: int) -> None:
+        """No learning-rate schedule."""
+
 
 def compiled(problem: Problem, data: dict[str, torch.Tensor]) -> Turn:
     """Ours: blocks of compiled steps, with the sums that iterate averaging needs."""

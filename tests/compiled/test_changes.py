@@ -29,10 +29,15 @@ def tempered(X, y):
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("what", ["global", "plate size", "rate"])
-def test_changes_from_outside_between_looks_are_followed(what, monkeypatch):
+def test_changes_by_a_callback_are_followed(what, monkeypatch):
     """A callback changes a global, a plate's size or the learning rate in mid-fit."""
+    optimizers = []
 
-    def callback(running):
+    def adam(leaves):
+        optimizers.append(torch.optim.Adam(leaves, lr=0.02))
+        return optimizers[-1]
+
+    def callback(look):
         if what == "global":
             monkeypatch.setitem(globals(), "temperature", 0.5)
         elif what == "plate size":
@@ -40,12 +45,6 @@ def test_changes_from_outside_between_looks_are_followed(what, monkeypatch):
         else:
             optimizers[-1].param_groups[0]["lr"] = 0.1
         return False
-
-    optimizers = []
-
-    def adam(leaves):
-        optimizers.append(torch.optim.Adam(leaves, lr=0.02))
-        return optimizers[-1]
 
     fits = []
     for compile in (False, True):
@@ -178,7 +177,7 @@ def test_an_estimator_that_settles_something_goes_on_compiled_from_a_file(tmp_pa
 
 
 def test_a_parameter_replaced_from_outside_raises_as_it_does_eagerly():
-    def callback(running):
+    def callback(look):
         pyro.get_param_store()["loc"] = torch.ones(3)
         return False
 

@@ -20,7 +20,7 @@ from tests.tolerances import Z
 from vi_toolkit.compiled import steps
 from vi_toolkit.compiled.batched import BatchedFits
 from vi_toolkit.programs.leaves import flat
-from vi_toolkit.stochastic import stages
+from vi_toolkit.stochastic import restarts
 from vi_toolkit.stochastic.stages import ERROR_TOLERANCE
 
 
@@ -93,7 +93,7 @@ def test_left_open_each_ends_when_it_has_converged(monkeypatch):
 
 @pytest.mark.usefixtures("interpreted")
 def test_left_open_they_end_all_the_same(monkeypatch):
-    monkeypatch.setattr(stages, "MOST_COMPILED_STEPS", 70)
+    monkeypatch.setattr(restarts, "MOST_COMPILED_STEPS", 70)
     found = fit(regression, from_anywhere(AutoNormal), restarts=2, compile=True)
     assert len(found.elbo) == 70 and not found.converged
 

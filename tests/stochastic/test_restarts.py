@@ -20,6 +20,7 @@ from tests.stochastic.restarts import (
     starts_of,
 )
 from vi_toolkit.compiled import batched, steps
+from vi_toolkit.stochastic.run import StochasticRun
 
 
 @pytest.mark.parametrize(
@@ -29,14 +30,14 @@ from vi_toolkit.compiled import batched, steps
         ({"compile": "auto", "steps": 100}, False),
         ({"compile": "auto", "steps": 700}, True),
         ({"compile": True, "steps": 20}, True),
-        ({"compile": True, "steps": 20, "stop": lambda running: False}, False),
+        ({"compile": True, "steps": 20, "callback": lambda look: False}, False),
     ],
 )
 @pytest.mark.usefixtures("interpreted")
 def test_when(options, at_once, monkeypatch):
     made = counting(monkeypatch)
     if options["steps"] > 1000:  # only the decision is of interest
-        monkeypatch.setattr(vi.Fit, "_advance", lambda *a: None)
+        monkeypatch.setattr(StochasticRun, "start", lambda *a: False)
     found = fit(regression, AutoNormal, restarts=3, **options)
     assert made == ([3] if at_once else [])
     assert len(found.restarts) == 3
