@@ -159,7 +159,7 @@ def test_wrong_machine_code_is_found(from_call, monkeypatch):
 def test_a_model_that_cannot_be_compiled_says_so():
     def model(X, y):
         w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
-        scale = 1.0 if float(w.sum()) > 0 else 2.0
+        scale = 1.0 if float(w.sum().detach()) > 0 else 2.0
         pyro.sample("y", dist.Normal(X @ w, scale).to_event(1), obs=y)
 
     with pytest.warns(vi.CompileWarning, match="one after the other"):
