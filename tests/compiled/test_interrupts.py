@@ -7,7 +7,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import vi_toolkit as vi
 from tests.compiled.models import DATA, regression
-from vi_toolkit.compiled import build
+from vi_toolkit.compiled import aot_cache, build
 from vi_toolkit.compiled.interrupts import interrupt_deferred, interrupt_kept
 
 pytestmark = pytest.mark.usefixtures("interruptible")
@@ -68,6 +68,7 @@ def test_an_interrupted_build_leaves_nothing_behind(monkeypatch, tmp_path):
         raise RuntimeError("Error in dlopen: None")
 
     monkeypatch.setattr(build, "_write", interrupted)
+    monkeypatch.setattr(aot_cache, "_loaded", type(aot_cache._loaded)())
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with pytest.warns(vi.ConvergenceWarning, match="interrupted"):
         fit = vi.fit(
