@@ -21,7 +21,7 @@ from vi_toolkit.preflight import words
 from vi_toolkit.preflight.checks import Checks
 from vi_toolkit.preflight.data import check_arguments, check_data
 from vi_toolkit.preflight.runs import run_model
-from vi_toolkit.programs.isolation import seeded_state
+from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
 from vi_toolkit.programs.minibatches import plan_of_large_plate
 from vi_toolkit.programs.workspace import Workspace
 
@@ -99,7 +99,8 @@ def preflight(
     check_arguments("model", model, data)
     check_arguments("guide", workspace.guide, data)
     checks = Checks(workspace, subsample or {}, reparameterised, enumerate)
-    with warnings.catch_warnings(), poutine.block(), torch.no_grad():
+    # (Isolated before anything else: Pyro's handler stack belongs to all threads.)
+    with isolated_pyro_state(), warnings.catch_warnings(), poutine.block(), torch.no_grad():
         warnings.simplefilter("ignore")  # the fit itself repeats them
         well, warning = _check_in_parts(checks)
         if well:
