@@ -106,13 +106,11 @@ def find_jumps(joint: Joint, draws: torch.Tensor) -> list[Jump]:
             torch.where(left, at_low, at_middle),
             torch.where(left, at_middle, at_high),
         )
-    change = at_high - at_low
+    change, size = (at_high - at_low).cpu(), at_low.abs().cpu()
     # What rounding leaves of a continuous density grows with the number of its terms.
-    floor = LEAST_JUMP + 1e3 * torch.finfo(change.dtype).eps * at_low.abs()
+    floor = LEAST_JUMP + 1e3 * torch.finfo(change.dtype).eps * size
     found: dict[str, Jump] = {}
-    for k in (change.abs() > floor).nonzero().flatten().tolist():  # not so where it is not finite
-        if not torch.isfinite(change[k]):
-            continue
+    for k in (torch.isfinite(change) & (change.abs() > floor)).nonzero().flatten().tolist():
         name = _moving_site(joint, low[k], high[k])
         if name not in found or abs(found[name].nats) < abs(float(change[k])):
             found[name] = Jump(name, _where(joint, name, low[k], high[k]), float(change[k]))
@@ -126,11 +124,11 @@ def _moving_site(joint: Joint, low: torch.Tensor, high: torch.Tensor) -> str:
     for row, name in zip(points, names, strict=True):
         row[joint.sites[name].slice] = high[joint.sites[name].slice]
     change = (joint.log_densities(points) - joint.log_densities(low[None])).abs()
-    return names[int(change.nan_to_num(0, 0, 0).argmax())]
+    return names[int(change.cpu().nan_to_num(0, 0, 0).argmax())]
 
 
 def _where(joint: Joint, name: str, low: torch.Tensor, high: torch.Tensor) -> float:
     """The site's value, on the model's scale, in the entry that moves most."""
-    below, above = (joint.unflatten(u[None])[name].double().reshape(-1) for u in (low, high))
+    below, above = (joint.unflatten(u[None])[name].cpu().double().reshape(-1) for u in (low, high))
     entry = int((above - below).abs().argmax())
     return float(below[entry] + above[entry]) / 2
