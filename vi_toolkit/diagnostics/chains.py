@@ -234,15 +234,14 @@ def _error_and_r_hat(draws: np.ndarray) -> tuple[float, float]:
     """
     mean, sd = draws.mean((0, 1)), draws.std((0, 1))
     half, root = draws.shape[1] // 2, math.sqrt(len(draws))
-    r_hats: list[float] = []
+    r_hats = []
     for x in (draws - mean, np.abs(draws - np.median(draws, (0, 1)))):
         halves = np.concatenate([x[:, :half], x[:, half : 2 * half]])
-        columns = np.moveaxis(halves, -1, 0)
-        r_hats += [float(az.rhat(column, method="identity")) for column in columns]
+        r_hats.append(each_scalar(az.rhat, halves, method="identity").max())
     square = ((draws - mean) ** 2).mean(1)
     mean_error = (draws.mean(1).std(0, ddof=1) / root / sd).max()
     sd_error = (square.std(0, ddof=1) / root / (2 * sd**2)).max()
-    return float(max(mean_error, sd_error)), float(np.max(r_hats))
+    return float(max(mean_error, sd_error)), float(max(r_hats))
 
 
 class _Chains:
