@@ -1,4 +1,10 @@
-"""One Gaussian guide fitted to many data sets of the same shapes, all at once."""
+"""One Gaussian guide fitted to many data sets of the same shapes, in one batch.
+
+Only ``vsbc`` uses it, because fitting each data set by itself is much slower. For 40 replications,
+the CPU time of ``vi.fit(..., method="deterministic")`` per data set is 18 times as long as here for
+the logistic regression with 31 scalars, 69 to 85 times for the centred eight schools and 120 to 140
+times for the non-centred ones. Without the search for modes it is still 16 to 78 times as long.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +22,12 @@ from vi_toolkit.programs.joint import Joint
 from vi_toolkit.programs.noise import fixed_normals
 from vi_toolkit.programs.vectorise import BAD_POINT, vmap
 
-TOLERANCE = 0.02  # largest gradient left, per posterior sd
-# Monte Carlo error in posterior sds. Two hundred replications show a bias of about 0.2 sd.
+TOLERANCE = 0.02  # largest gradient per posterior sd at convergence
+# Monte Carlo error in posterior sds. Two hundred replications detect a bias of about 0.2 sd.
 ERROR_TOLERANCE = 0.05
 ITERATIONS = 300
-DOUBLINGS = 2  # of the draws, before a fit is solved by itself
-SLACK = 1e-4  # nats by which a step may lose: rounding, and what sampling noise leaves asymmetric
+DOUBLINGS = 2  # of the number of draws, before a fit is solved by itself
+SLACK = 1e-4  # nats by which a step may lower the ELBO, because of rounding and sampling noise
 FLOOR = 1e-4  # smallest eigenvalue of a precision scaled to a unit diagonal
 
 
@@ -30,9 +36,9 @@ class Replicated:
     """Gaussians fitted to R data sets, on the unconstrained scale.
 
     Attributes:
-        mean, sd: (R, d).
-        elbo: (R,), over the fixed draws, in nats.
-        converged: (R,), whether each is at its optimum, to 0.05 posterior sds.
+        mean, sd: means and sds, (R, d).
+        elbo: ELBO over the fixed draws, in nats, (R,).
+        converged: whether each fit is at its optimum, to 0.05 posterior sds, (R,).
     """
 
     mean: torch.Tensor
@@ -44,25 +50,25 @@ class Replicated:
 def fit_replications(
     joint: Joint, entries: Mapping[str, torch.Tensor], full_rank: bool, seed: int = 0
 ) -> Replicated:
-    r"""The best Gaussian for each of R data sets.
+    r"""Fit the best Gaussian to each of R data sets.
 
-    The ELBO is that of fixed, moment-matched draws, as in :mod:`vi_toolkit.deterministic`, and the
-    draws are doubled until two solutions in a row agree. The optimum is where
+    The ELBO is that of fixed, moment-matched draws, as in :mod:`vi_toolkit.deterministic`. The
+    number of draws is doubled until two solutions in a row agree. The optimum is where
     :math:`E_q[\nabla \log p] = 0` and :math:`\Lambda = -E_q[\nabla^2 \log p]` (its diagonal,
-    for mean field). Steps towards it are natural-gradient ones,
+    for mean field). The fits take natural-gradient steps towards it,
 
     .. math:: \Lambda \leftarrow (1 - \rho) \Lambda - \rho E_q[\nabla^2 \log p], \qquad
               m \leftarrow m + \rho \Lambda^{-1} E_q[\nabla \log p],
 
-    each data set with a step size :math:`\rho` of its own, cut where the ELBO falls. The expected
-    Hessian is :math:`E_q[\nabla \log p\, z^\top] L^{-1}` (Stein), which costs gradients only and is
-    exact for a quadratic log density. All start at the joint density's own start; what has not
-    arrived after that is solved one by one.
+    where each data set has a step size :math:`\rho` of its own, which is cut if the ELBO falls. The
+    expected Hessian is :math:`E_q[\nabla \log p\, z^\top] L^{-1}` by Stein's lemma. It needs only
+    gradients and is exact for a quadratic log density. All fits start at the joint density's own
+    start. Those that do not converge are then solved one by one.
 
     Args:
-        joint: of the model at one of the data sets.
-        entries: entry of the data -> (R, *shape), what differs between the data sets.
-        full_rank: a full covariance, or a diagonal one.
+        joint: log joint density of the model at one of the data sets.
+        entries: name of an argument that differs between the data sets -> its values, (R, *shape).
+        full_rank: whether the covariance is full or diagonal.
         seed: of the fixed draws.
 
     Raises:
@@ -86,34 +92,34 @@ def fit_replications(
         joint.start.expand(count, d).clone(),
         0.1 * torch.eye(d, dtype=joint.start.dtype).expand(count, d, d).clone(),
     )
-    arrived = torch.zeros(count, dtype=torch.bool)
+    converged = torch.zeros(count, dtype=torch.bool)
     left = torch.arange(count)
-    # Few draws (enough to match the second moments) to come near, then as many as vi.fit begins
-    # with, then ever more.
+    # The first stage comes near the optimum with few draws, enough to match second moments. The
+    # second has as many as vi.fit begins with, and the number doubles from there.
     first = max(128, 8 * d + 8)
     stages = [(2 * d + 32, 0.1), *((first << k, TOLERANCE) for k in range(DOUBLINGS + 1))]
-    for number, (draws, tolerance) in enumerate(stages):
+    for number, (num_draws, tolerance) in enumerate(stages):
         if not len(left):
             break
         mean, sd = state.mean[left], state.sd()[left]
-        z = fixed_normals(draws, d, seed, number).to(joint.start.dtype)
+        z = fixed_normals(num_draws, d, seed, number).to(joint.start.dtype)
         _ascend(state, left, _Objective(joint, entries, z), full_rank, tolerance)
         if number < 2:
             continue
         now = state.sd()[left]
         shift = torch.maximum((state.mean[left] - mean).abs() / now, (now / sd).log().abs())
-        # As in solve_rounds: sd of the difference = sqrt(3) x that of the second.
+        # As in solve_rounds, the sd of the difference is sqrt(3) times that of the second.
         close = shift.amax(1) / math.sqrt(3) < ERROR_TOLERANCE
-        arrived[left] = close & state.converged[left]
-        left = left[~arrived[left]]
+        converged[left] = close & state.converged[left]
+        left = left[~converged[left]]
     for r in left.tolist():
-        arrived[r] = _solved_alone(state, r, joint, entries, full_rank, seed)
+        converged[r] = _solved_alone(state, r, joint, entries, full_rank, seed)
     elbo = state.value + half_log_two_pi_e(d)
-    return Replicated(state.mean, state.sd(), elbo, arrived)
+    return Replicated(state.mean, state.sd(), elbo, converged)
 
 
 class _State:
-    """Where each of R fits stands: mean (R, d), factor (R, d, d) of its covariance, ELBO (R,)."""
+    """State of R fits: mean (R, d), factor of the covariance (R, d, d) and ELBO (R,)."""
 
     def __init__(self, mean: torch.Tensor, factor: torch.Tensor):
         self.mean, self.factor = mean, factor
@@ -132,7 +138,7 @@ def _solved_alone(
     full_rank: bool,
     seed: int,
 ) -> bool:
-    """The quasi-Newton method of ``vi.fit`` from where fit r stands; whether it converged."""
+    """Continue fit r by the quasi-Newton method of ``vi.fit``; whether it converged."""
     own = Joint(joint.model, joint.data | {name: every[r] for name, every in entries.items()})
     factor = state.factor[r]
     whitening = factor if full_rank else state.sd()[r]
@@ -163,7 +169,7 @@ def _solved_alone(
 def _ascend(
     state: _State, which: torch.Tensor, objective: _Objective, full_rank: bool, tolerance: float
 ) -> None:
-    """Natural-gradient steps of the fits ``which`` until each has arrived or cannot go on."""
+    """Take natural-gradient steps of the fits ``which`` until each has converged or is stuck."""
     mean, factor = state.mean, state.factor
     count, d = mean.shape
     gradient, cross = torch.zeros_like(mean), torch.zeros_like(factor)
@@ -179,7 +185,7 @@ def _ascend(
         L, g, C = factor[rows], gradient[rows], cross[rows]
         inverse = torch.linalg.inv(L)
         precision = _definite(-C @ inverse)
-        # What is left, in posterior sds for the mean and relative for the scale.
+        # Distance to the optimum, in posterior sds for the mean and relative for the scale.
         shift = (torch.linalg.solve(precision, g) * g).sum(-1).clamp_min(0).sqrt()
         wrong = L.mT @ C
         wrong = (wrong + wrong.mT) / 2 + torch.eye(d, dtype=mean.dtype)
@@ -242,7 +248,7 @@ class _Objective:
 
             return vmap(torch.func.grad_and_value(log_density), bool(self.writes))(u)
 
-        if self.writes is None:  # whether the model writes into tensors that it makes itself
+        if self.writes is None:  # whether the model writes into its own tensors is not known yet
             self.writes = False
             try:
                 g, log_p = vmap(one)(u, *values)
@@ -259,7 +265,7 @@ class _Objective:
 
 
 def _definite(precision: torch.Tensor) -> torch.Tensor:
-    """Nearest positive definite matrices (S, d, d): eigenvalues by size, in scaled coordinates."""
+    """Positive definite matrices near these (S, d, d): absolute eigenvalues after scaling."""
     precision = (precision + precision.mT) / 2
     scale = precision.diagonal(dim1=1, dim2=2).abs().clamp_min(1e-12).sqrt()
     both = scale[:, :, None] * scale[:, None]
