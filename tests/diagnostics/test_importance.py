@@ -6,9 +6,9 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-import vi_toolkit as vi
 from tests.support import fitted
 from tests.tolerances import Z
+from vi_toolkit.diagnostics.importance import draws_from_guide, draws_from_t, moments_of
 
 
 def test_evidence_and_moments_of_a_conjugate_model_are_right():
@@ -21,8 +21,9 @@ def test_evidence_and_moments_of_a_conjugate_model_are_right():
     exact = dist.MultivariateNormal(torch.zeros(3).double(), torch.eye(3).double() + 4).log_prob(y)
     precision = 3 + 1 / 4
     fit = fitted(model, AutoNormal, {"y": y})
-    for covariance in (None, np.array([[2 / precision]])):
-        found = vi.importance_moments(fit, covariance, num_draws=20_000)
+    wide = np.array([[2 / precision]])
+    for draws in (draws_from_guide(fit, 20_000, 8, 0), draws_from_t(fit, wide, 20_000, 8, 0)):
+        found = moments_of(fit, draws, "any")
         assert found.pareto_k.reliable
         assert abs(found.log_evidence - float(exact)) < Z * found.log_evidence_se + 1e-3
         assert abs(found.mean[0] - float(y.sum()) / precision) < Z * found.mean_se[0] + 1e-3
