@@ -15,7 +15,12 @@ from pyro.optim import PyroOptim
 
 from vi_toolkit.choice import Choice, choose
 from vi_toolkit.deterministic.run import DeterministicRun
-from vi_toolkit.errors import ConvergenceWarning, NonFiniteError, PreflightError
+from vi_toolkit.errors import (
+    ConvergenceWarning,
+    NonFiniteError,
+    NotDeterministicError,
+    PreflightError,
+)
 from vi_toolkit.estimators import LeaveOneOut, Reparam, Score
 from vi_toolkit.estimators.reparam import reparameterised
 from vi_toolkit.look import Callback
@@ -23,6 +28,7 @@ from vi_toolkit.preflight import preflight
 from vi_toolkit.preflight.data import named_arguments
 from vi_toolkit.programs.guide_draws import derived_seed, elbo_estimate
 from vi_toolkit.programs.integers import as_integer
+from vi_toolkit.programs.private_guide import asks_for_laplace
 from vi_toolkit.programs.workspace import Workspace
 from vi_toolkit.result import DEFAULT_RATE, Fit
 from vi_toolkit.stochastic.restarts import run_restarts
@@ -68,7 +74,7 @@ def fit(
     Args:
         model: Pyro model, called as ``model(**data)``.
         guide: Pyro guide, called as ``guide(**data)``. An ``AutoGuide`` class is built on the model
-            first.
+            first. ``AutoLaplaceApproximation`` gives the Gaussian at the mode.
         data: dict of the arguments of model and guide, by name. A tuple of positional arguments or
             a single tensor also works.
         estimator: gradient estimator, any ``pyro.infer.ELBO``. The default is
@@ -165,6 +171,14 @@ def fit(
             remedy='Give the guide\'s distributions parameters: loc = pyro.param("loc", ...).',
         )
     choice = choose(workspace, method, stochastic_only)
+    if asks_for_laplace(guide):
+        if choice.method == "stochastic":
+            raise NotDeterministicError(
+                "AutoLaplaceApproximation needs the mode and the curvature of the full posterior, "
+                f"and here the stochastic method was chosen ({choice.why}). Use "
+                "AutoMultivariateNormal, or AutoDelta for the mode alone."
+            )
+        choice = Choice("deterministic", "Laplace approximation at the highest mode")
     seeds = [seed + SEED_STEP * k for k in range(restarts)]
 
     def finish(run: Run, interrupted: bool) -> Fit:

@@ -8,23 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoDelta
 from tqdm.auto import tqdm
 
 from vi_toolkit import machine_code
 from vi_toolkit.deterministic.families import (
     FAMILIES,
     FAMILY_OF,
+    FullRank,
     guide_family,
     set_parameter,
     write_to_guide,
 )
-from vi_toolkit.deterministic.modes import find_modes
+from vi_toolkit.deterministic.modes import find_modes, hessians
 from vi_toolkit.deterministic.objective import (
     FamilyProblem,
     GuideProblem,
     Problem,
+    first_draws,
     noise_needed,
+    normals,
 )
 from vi_toolkit.deterministic.rounds import Progress, solve_rounds
 from vi_toolkit.deterministic.solver import GRADIENT_TOLERANCE
@@ -35,6 +38,7 @@ from vi_toolkit.programs.isolation import seeded_state
 from vi_toolkit.programs.jumps import Jump, jumps_of
 from vi_toolkit.programs.leaves import unflat
 from vi_toolkit.programs.nonfinite import first_non_finite
+from vi_toolkit.programs.private_guide import asks_for_laplace
 from vi_toolkit.programs.prototype import prototype
 from vi_toolkit.programs.workspace import Workspace
 
@@ -93,18 +97,22 @@ class DeterministicRun:
             joint = workspace.joint
             with workspace.isolated(seeded_state(self.seed)):
                 self._compile_density(report)
-                if self.progress is None:
-                    self.progress = Progress(self._first_problem(report))
-                    self.write_solution()
-                solve_rounds(
-                    self.progress,
-                    self.seed,
-                    joint.observations,
-                    workspace.dtype,
-                    rounds,
-                    report,
-                    checkpoint,
-                )
+                if asks_for_laplace(workspace.given_guide):
+                    self.progress = self._laplace(report)
+                    checkpoint(self.progress)
+                else:
+                    if self.progress is None:
+                        self.progress = Progress(self._first_problem(report))
+                        self.write_solution()
+                    solve_rounds(
+                        self.progress,
+                        self.seed,
+                        joint.observations,
+                        workspace.dtype,
+                        rounds,
+                        report,
+                        checkpoint,
+                    )
                 workspace.snapshot_params()
         except KeyboardInterrupt:
             if self.progress is None:
@@ -124,6 +132,21 @@ class DeterministicRun:
             report("compiling the log density")
             machine_code.compile_joint(joint, insist=self.compile is True)
 
+    def _laplace(self, report: Callable[[str], None]) -> Progress:
+        """The Gaussian at the highest mode whose precision is minus the Hessian there."""
+        joint = self.workspace.joint
+        report("looking for modes")
+        modes = find_modes(joint, STARTS, self.seed, report=report)
+        if not modes:
+            raise self._non_finite()
+        precision = -hessians(joint, modes[0].location[None])[0]
+        problem = FamilyProblem(joint, FullRank.around(modes[0].location, precision))
+        z = normals(problem, first_draws(problem), self.seed, 0, self.workspace.dtype)
+        elbo, _ = problem.value_and_gradient(torch.zeros(problem.size, dtype=z.dtype), z)
+        # Nothing is estimated from draws, and at a mode the density has no gradient.
+        exact = 0.0 if modes[0].converged else math.inf
+        return Progress(problem, 1, len(z), exact, exact, [elbo])
+
     def _first_problem(self, report: Callable[[str], None]) -> Problem:
         workspace, guide = self.workspace, self.workspace.guide
         joint, kind = workspace.joint, type(guide)
@@ -136,8 +159,6 @@ class DeterministicRun:
         report("looking for modes")
         modes = find_modes(joint, STARTS, self.seed, report=report)
         noise = noise_needed(guide, workspace.data)
-        if modes and kind is AutoLaplaceApproximation:
-            set_parameter(guide, "loc", modes[0].location)
         if modes and kind is AutoDelta:
             for name, value in joint.unflatten(modes[0].location).items():
                 set_parameter(guide, name, value)

@@ -11,7 +11,6 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.distributions import biject_to
 
 from vi_toolkit.preflight import support, words
 from vi_toolkit.programs.sites import Site, is_deterministic
-from vi_toolkit.pyro_private import mask_of, unwrap
+from vi_toolkit.pyro_private import mask_of
 
 # A density counts as a mistake only if it is not finite, or raises, at all of these draws.
 PRIOR_DRAWS = 5
@@ -90,10 +89,6 @@ def trace_run(fn: Callable[..., Any], data: Mapping[str, Any], *handlers: Messen
             fn(**data)
     except Exception as raised:
         error = raised
-    messenger = unwrap(fn)
-    if isinstance(messenger, GuideMessenger) and error is None:
-        # This guide runs the model, so the tracer saw the model's sites. Its own trace does not.
-        return Run(messenger.get_traces()[1])
     return Run(tracer.trace, error)
 
 

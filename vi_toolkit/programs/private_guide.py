@@ -8,10 +8,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoGuide
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoGuide,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+)
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.guide import GuideMessenger
 
 from vi_toolkit.programs.prototype import start_value, values_it_runs_at
+from vi_toolkit.programs.sites import Site
 from vi_toolkit.pyro_private import outer_handler, set_model
 
 
@@ -19,9 +26,11 @@ def private_guide(model: Callable[..., Any], guide: Any) -> Any:
     """Copy a guide, so that nothing changes the original.
 
     A function keeps no state and is returned as it is. An autoguide class is instantiated with the
-    model. Three shortcomings of Pyro's autoguides are mended: when one is copied, it and the copy
-    forget their model; it draws its first values from the prior, which fails if the prior is
-    improper; and if the model raises at these values, it does not try others.
+    model. A guide that runs the model under its own effects shows only what it samples, and for
+    ``AutoLaplaceApproximation``, which is a point until its user asks it for the Gaussian, comes
+    that Gaussian's guide. Three shortcomings of Pyro's autoguides are mended: when one is copied,
+    it and the copy forget their model; it draws its first values from the prior, which fails if the
+    prior is improper; and if the model raises at these values, it does not try others.
 
     Args:
         model: the model for an autoguide class.
@@ -36,8 +45,15 @@ def private_guide(model: Callable[..., Any], guide: Any) -> Any:
         >>> private_guide(model, guide)()["z"].shape, len(list(guide.parameters()))
         (torch.Size([]), 0)
     """
-    if isinstance(guide, type) and issubclass(guide, AutoGuide):
+    if isinstance(guide, type) and issubclass(guide, AutoGuide | GuideMessenger):
         guide = guide(model)
+    if asks_for_laplace(guide):
+        handler, inner = outer_handler(guide.model)
+        start = {"init_loc_fn": handler.init_fn} if isinstance(handler, InitMessenger) else {}
+        guide = AutoMultivariateNormal(inner, **start)
+    if isinstance(guide, GuideMessenger):
+        own = copy.deepcopy(guide) if isinstance(guide, torch.nn.Module) else guide
+        return SampledSites(own)
     if not isinstance(guide, torch.nn.Module):
         return guide
     autos = [m for m in guide.modules() if isinstance(m, AutoGuide)]
@@ -57,6 +73,42 @@ def private_guide(model: Callable[..., Any], guide: Any) -> Any:
             its_own = _Started(inner, functools.partial(_first_value, handler.init_fn))
         set_model(auto, its_own)
     return twin
+
+
+def asks_for_laplace(guide: Any) -> bool:
+    """Whether a guide, or guide class, stands for the Laplace approximation at the mode."""
+    kind = guide if isinstance(guide, type) else type(guide)
+    return issubclass(kind, AutoLaplaceApproximation)
+
+
+class SampledSites(torch.nn.Module):
+    """The latent sites of a guide such as ``AutoNormalMessenger``, which runs the model itself.
+
+    The model's observations must not be seen in the guide: there, their likelihood would count as
+    a density of the guide and cancel that of the model.
+
+    Args:
+        messenger: the guide.
+    """
+
+    def __init__(self, messenger: GuideMessenger):
+        super().__init__()
+        self.messenger: Any = messenger
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with poutine.block(hide_fn=_is_observed):
+            return self.messenger(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The guide's own attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("messenger"), name)
+
+
+def _is_observed(site: Site) -> bool:
+    return site["type"] == "sample" and site["is_observed"]
 
 
 def _first_value(init: Callable[[dict[str, Any]], torch.Tensor], site: dict[str, Any]) -> Any:
