@@ -36,8 +36,9 @@ lint: $(VENV)/test.stamp
 	$(RUN) -m mypy
 
 NOTEBOOKS ?= notebooks/*.ipynb
-EXECUTE := import sys, nbformat, nbclient; \
-    [nbformat.write(nbclient.NotebookClient(nbformat.read(path, 4), record_timing=False).execute(), path) \
+EXECUTE := import os, sys, nbformat, nbclient; \
+    [nbformat.write(nbclient.NotebookClient(nbformat.read(path, 4), record_timing=False, \
+    resources={"metadata": {"path": os.path.dirname(path)}}).execute(), path) \
     for path in sys.argv[1:]]
 notebooks: $(VENV)/test.stamp
 	$(RUN) -c '$(EXECUTE)' $(NOTEBOOKS)

@@ -79,8 +79,14 @@ def test_a_jump_is_found_where_it_is(model, site, places):
     assert "vi.Score" in str(found)
 
 
-@pytest.mark.parametrize("model", [steep, kinked, bounded])
-def test_a_continuous_density_has_none_however_steep(model):
+def noisy(y):
+    """A density estimated from random numbers of its own."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("likelihood", -((z - 1) ** 2) + 10 * float(torch.rand(())))
+
+
+@pytest.mark.parametrize("model", [steep, kinked, bounded, noisy])
+def test_a_density_that_is_steep_or_noisy_has_no_jump(model):
     assert jumps(model) == []
 
 

@@ -107,6 +107,8 @@ def find_jumps(joint: Joint, draws: torch.Tensor) -> list[Jump]:
             torch.where(left, at_middle, at_high),
         )
     change, size = (at_high - at_low).cpu(), at_low.abs().cpu()
+    if not torch.equal(joint.log_densities(low).nan_to_num().cpu(), at_low.nan_to_num().cpu()):
+        return []  # the model's density is itself a random number
     # What rounding leaves of a continuous density grows with the number of its terms.
     floor = LEAST_JUMP + 1e3 * torch.finfo(change.dtype).eps * size
     found: dict[str, Jump] = {}
