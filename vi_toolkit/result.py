@@ -107,7 +107,10 @@ class Fit:
 
     @property
     def guide_family(self) -> str | None:
-        return guide_family(self.guide)
+        known = guide_family(self.guide)
+        if known is None and self.workspace.latents and self.workspace.draws_nothing:
+            return "point"
+        return known
 
     @property
     def joint(self) -> Joint:

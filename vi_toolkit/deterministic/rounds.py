@@ -34,6 +34,7 @@ from vi_toolkit.deterministic.solver import GRADIENT_TOLERANCE, solve
 
 ERROR_TOLERANCE = 0.02  # posterior sds: Monte Carlo error of the solution at which doubling stops
 MOST_DRAWS = 2**14
+POINT = 1e-12  # sd relative to the mean below which a latent is a point
 MOST_WORK = 4e8  # draws times observations per evaluation: where doubling stops for want of time
 
 
@@ -99,10 +100,11 @@ def solve_rounds(
             mean, sd = problem.moments()
             # Solutions from M/2 and M independent draws: sd of the difference = sqrt(3) x that
             # of the second, if errors fall as 1/sqrt(num_draws) or faster.
+            spread = sd > POINT * (1 + mean.abs())  # a guide may hold some latents at a point
             shift = torch.maximum(
                 (mean - before[0]).abs() / sd.clamp_min(1e-300), (sd / before[1]).log().abs()
-            )
-            progress.error = float(shift.max()) / math.sqrt(3)
+            )[spread]
+            progress.error = float(shift.max()) / math.sqrt(3) if len(shift) else 0.0
         if problem.noise_dim == 0:
             progress.error = 0.0
         progress.problem, progress.num_draws, progress.gradient = problem, num_draws, gradient

@@ -219,8 +219,21 @@ def diagnose(
             else "Call fit.extend(steps) to go on. The fit may need a smaller first step size or a "
             "simpler guide."
         )
+        if fit.run.jumps:
+            step = "Take the score function for that latent, or sum over it."
         reasons = ["The fit has not converged.", optimiser.meaning]
         return Diagnosis(DO_NOT_TRUST, reasons, [step], optimiser)
+    if points := fit.workspace.points:
+        names = ", ".join(map(repr, points))
+        return Diagnosis(
+            DO_NOT_TRUST,
+            [
+                f"The guide holds {names} at a point. It says nothing about the uncertainty of "
+                f"{names}, and the sds of the other latents hold for that point only."
+            ],
+            [f"Give {names} a distribution with a spread in the guide, as AutoNormal does."],
+            optimiser,
+        )
 
     guide_draws = draws_from_guide(fit, num_draws, REPETITIONS, seed)
     own = moments_of(fit, guide_draws, "guide")

@@ -18,7 +18,7 @@ from vi_toolkit.programs.isolation import isolated_pyro_state, seeded_state
 from vi_toolkit.programs.joint import Joint
 from vi_toolkit.programs.minibatches import FAILURES, PlatePlan, plan_of_large_plate
 from vi_toolkit.programs.private_guide import private_guide
-from vi_toolkit.programs.sites import is_partial_plate, latent_sites
+from vi_toolkit.programs.sites import is_drawn, is_partial_plate, latent_sites
 from vi_toolkit.programs.vectorise import Batched
 
 Draws = dict[str, torch.Tensor]
@@ -79,6 +79,7 @@ class Workspace:
         self._own: set[int] = set()
         self._traces: tuple[Any, Any] | None = None
         self._whole_traces: tuple[Any, Any] | None = None
+        self._points: list[str] | None = None
 
     # ---------------------------------------------------------------- first run
 
@@ -228,6 +229,25 @@ class Workspace:
         """Latents that the guide draws: all but those that the estimator sums out."""
         guide, model = self.first_traces
         return [n for n in latent_sites(model) if n in guide.nodes]
+
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether every site of the guide is a point mass, so that it draws no random number."""
+        return not any(is_drawn(site) for site in self.first_traces[0].nodes.values())
+
+    @property
+    def points(self) -> list[str]:
+        """Latents that the guide holds at a point: every run gives them the same value."""
+        if self._points is None:
+            # A Delta may hold a random value, as in Pyro's autoguides, so only runs can tell.
+            values = []
+            for seed in range(2):
+                with self.isolated(seeded_state(seed)), torch.no_grad():
+                    trace = poutine.trace(self.guide).get_trace(**self.data)
+                values.append({name: trace.nodes[name]["value"] for name in self.latents})
+            first, second = values
+            self._points = [n for n in first if torch.equal(first[n], second[n])]
+        return self._points
 
     @property
     def summed_out(self) -> list[str]:
