@@ -50,12 +50,14 @@ def cholesky_of_inverse(precision: torch.Tensor) -> torch.Tensor:
 SHIFT, LOG_SCALE, FACTOR = 100.0, 2.0, 3.0
 
 
-def reach_of(shifts: int, scales: int, factors: int = 0) -> torch.Tensor:
+def trust_radii(shifts: int, scales: int, factors: int = 0) -> torch.Tensor:
+    """One trust radius for each coordinate: so many shifts, log scales and entries of a factor."""
     parts = ((shifts, SHIFT), (scales, LOG_SCALE), (factors, FACTOR))
     return torch.cat([torch.full((n,), limit, dtype=torch.float64) for n, limit in parts])
 
 
 def half_log_two_pi_e(d: int) -> float:
+    """Entropy of a standard normal in d dimensions, in nats."""
     return 0.5 * d * (1 + math.log(2 * math.pi))
 
 
@@ -86,9 +88,9 @@ class FullRank:
         d = len(self.location)
         return 2 * d + d * (d - 1) // 2
 
-    def reach(self) -> torch.Tensor:
+    def trust_radius(self) -> torch.Tensor:
         d = len(self.location)
-        return reach_of(d, d, self.size - 2 * d)
+        return trust_radii(d, d, self.size - 2 * d)
 
     def _factor(self, x: torch.Tensor) -> torch.Tensor:
         d = len(self.location)
@@ -163,8 +165,8 @@ class Diagonal:
     def size(self) -> int:
         return 2 * len(self.location)
 
-    def reach(self) -> torch.Tensor:
-        return reach_of(len(self.location), len(self.location))
+    def trust_radius(self) -> torch.Tensor:
+        return trust_radii(len(self.location), len(self.location))
 
     def _shift(self, a: torch.Tensor) -> torch.Tensor:
         return self.whitening @ a if self.whitening.dim() == 2 else self.whitening * a
@@ -241,8 +243,8 @@ class LowRank:
     def size(self) -> int:
         return 2 * len(self.location) + self.factor.numel()
 
-    def reach(self) -> torch.Tensor:
-        return reach_of(len(self.location), len(self.location), self.factor.numel())
+    def trust_radius(self) -> torch.Tensor:
+        return trust_radii(len(self.location), len(self.location), self.factor.numel())
 
     def _shift(self, a: torch.Tensor) -> torch.Tensor:
         """Coordinates (d, columns) to shifts of the latents (d, columns)."""

@@ -27,7 +27,7 @@ class Problem(Protocol):
     def noise_dim(self) -> int: ...
 
     @property
-    def reach(self) -> torch.Tensor | None:
+    def trust_radius(self) -> torch.Tensor | None:
         """How far (size,) each coordinate may go before the origin is moved; None: anywhere."""
 
     def value_and_gradient(self, x: torch.Tensor, z: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -65,8 +65,8 @@ class FamilyProblem:
         return self.q.noise_dim
 
     @property
-    def reach(self) -> torch.Tensor:
-        return self.q.reach()
+    def trust_radius(self) -> torch.Tensor:
+        return self.q.trust_radius()
 
     def value_and_gradient(self, x: torch.Tensor, z: torch.Tensor) -> tuple[float, torch.Tensor]:
         here = self.q.moved(x)
@@ -94,7 +94,7 @@ class GuideProblem:
     evaluating at x writes them there. Coordinates: parameters = origin + basis @ x.
     """
 
-    reach: torch.Tensor | None = None
+    trust_radius: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -116,7 +116,8 @@ class GuideProblem:
         self.size = len(self.origin)
         self.per_draw = Batched(self._against_target if target else self._elbo, joint.chunk)
 
-    def _replace(self, **changes: Any) -> GuideProblem:
+    def replaced(self, **changes: Any) -> GuideProblem:
+        """The same problem with another origin, basis or target."""
         settings: dict[str, Any] = {"origin": self.origin, "basis": self.basis}
         settings |= {"target": self.target} | changes
         return GuideProblem(
@@ -177,13 +178,13 @@ class GuideProblem:
 
     def moved(self, x: torch.Tensor) -> GuideProblem:
         step = self.basis @ x if self.basis.dim() == 2 else self.basis * x
-        moved = self._replace(origin=self.origin + step)
+        moved = self.replaced(origin=self.origin + step)
         moved._write(torch.zeros_like(x))
         return moved
 
     def rewhitened(self, z: torch.Tensor) -> GuideProblem:
         """Coordinates in which the objective's curvature at the origin is about one."""
-        plain = self._replace(basis=None)
+        plain = self.replaced(basis=None)
         zero = torch.zeros_like(self.origin)
         step = 1e-4 if self.origin.dtype == torch.float64 else 1e-2
         if self.noise_dim:
@@ -202,7 +203,7 @@ class GuideProblem:
             curvature = positive_definite((curvature + curvature.T) / 2, floor=1e-4)
             scale = curvature.diagonal().rsqrt()
             lam, vectors = torch.linalg.eigh(curvature * scale[:, None] * scale)
-            return self._replace(basis=scale[:, None] * vectors * lam.rsqrt())
+            return self.replaced(basis=scale[:, None] * vectors * lam.rsqrt())
         generator = torch.Generator().manual_seed(0)
         diagonal = zero.clone()
         for _ in range(16):
@@ -211,7 +212,7 @@ class GuideProblem:
         if not torch.isfinite(diagonal).all():
             return self
         typical = diagonal.abs().median().clamp_min(1e-8)
-        return self._replace(basis=diagonal.abs().clamp_min(1e-2 * typical).rsqrt())
+        return self.replaced(basis=diagonal.abs().clamp_min(1e-2 * typical).rsqrt())
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.noise_dim == 0:

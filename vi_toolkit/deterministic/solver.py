@@ -24,7 +24,7 @@ def maximise(
     """L-BFGS on the fixed-draw ELBO.
 
     A point where the ELBO is not finite, or where the model raises, is a rejected point of the
-    line search. The coordinates stay within the problem's reach, and are renewed where they end
+    line search. The coordinates stay within the problem's trust radius, and are renewed if they end
     on its border: a quasi-Newton method may otherwise jump, in one step, to where a log density
     is nothing but rounding error.
 
@@ -35,10 +35,10 @@ def maximise(
     value, gradient, left = -math.inf, math.inf, iterations
     while left > 0:
         x, value, gradient, used = _maximise_within_reach(problem, z, left, history, each)
-        reach = problem.reach
+        trust_radius = problem.trust_radius
         problem = problem.moved(x)
         left -= max(used, 1)
-        if reach is None or not bool((x.abs() > 0.999 * reach).any()):
+        if trust_radius is None or not bool((x.abs() > 0.999 * trust_radius).any()):
             break
     return problem, value, gradient
 
@@ -72,13 +72,15 @@ def _maximise_within_reach(
             history.append(best_value)
         each(best_value)
 
-    reach = problem.reach
+    trust_radius = problem.trust_radius
     result = scipy.optimize.minimize(
         objective,
         np.zeros(problem.size),
         jac=True,
         method="L-BFGS-B",
-        bounds=None if reach is None else np.stack([-reach.numpy(), reach.numpy()], 1),
+        bounds=None
+        if trust_radius is None
+        else np.stack([-trust_radius.numpy(), trust_radius.numpy()], 1),
         callback=after_iteration,
         options={
             "maxiter": iterations,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vi_toolkit.deterministic.families import Family, LowRank, positive_definite
+from vi_toolkit.deterministic.families import FAMILY_OF, Family, LowRank, positive_definite
 from vi_toolkit.deterministic.modes import Mode, find_modes
 from vi_toolkit.deterministic.objective import (
     FamilyProblem,
@@ -81,6 +81,7 @@ def ranked(problems: list[FamilyProblem], z: torch.Tensor) -> list[FamilyProblem
 
 
 def elbo_or_minus_infinity(problem: Problem, z: torch.Tensor) -> float:
+    """The ELBO over the draws z; minus infinity if it or its gradient is not finite."""
     try:
         value, gradient = problem.value_and_gradient(torch.zeros(problem.size, dtype=z.dtype), z)
     except (ArithmeticError, RuntimeError, ValueError):
@@ -89,7 +90,7 @@ def elbo_or_minus_infinity(problem: Problem, z: torch.Tensor) -> float:
 
 
 def warm_started(problem: GuideProblem, modes: list[Mode], seed: int) -> GuideProblem:
-    """The guide fitted to the Laplace approximation of the best mode, and its better start."""
+    """The better start of a guide: as it is, or fitted to the Laplace approximation at a mode."""
     dtype = problem.origin.dtype
     z = normals(problem, 128, seed, 10_000, dtype)
     best, best_value = problem, elbo_or_minus_infinity(problem, z)
@@ -100,10 +101,10 @@ def warm_started(problem: GuideProblem, modes: list[Mode], seed: int) -> GuidePr
             precision = mode.precision.abs().clamp_min(1e-12)
         target = Mode(mode.location, mode.log_density, precision, True)
         unflat(problem.origin, problem.leaves)
-        stand_in = problem._replace(target=target).rewhitened(z)
+        stand_in = problem.replaced(target=target).rewhitened(z)
         for _ in range(2):
             stand_in = maximise(stand_in, z, 100)[0].rewhitened(z)
-        candidate = stand_in._replace(target=None)
+        candidate = stand_in.replaced(target=None)
         candidate, value, _ = maximise(candidate, z, 50)
         if value > best_value:
             best, best_value = candidate, value
@@ -112,9 +113,10 @@ def warm_started(problem: GuideProblem, modes: list[Mode], seed: int) -> GuidePr
 
 
 def family_starter(guide_class: type, rank: int | None) -> tuple[Callable, Callable | None]:
-    """How to make a member of the guide's family around a mode, and around a bare point."""
-    from vi_toolkit.deterministic.families import FAMILY_OF
+    """Functions that make a member of the guide's family around a mode, and around a point.
 
+    The second is None for a family that needs a curvature.
+    """
     family = FAMILY_OF[guide_class]
     if family is LowRank:
         return (lambda m, p: LowRank.around(m, p, rank or 1)), None
