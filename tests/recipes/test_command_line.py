@@ -101,6 +101,8 @@ import os, signal
 from recipes.__main__ import app
 from vi_toolkit.deterministic import run
 
+# A process that was started in the background ignores SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 original = run.solve_rounds
 def signalled(*arguments, **options):
     os.kill(os.getpid(), signal.SIGINT)
