@@ -73,8 +73,9 @@ def fit(
 
     Args:
         model: Pyro model, called as ``model(**data)``.
-        guide: Pyro guide, called as ``guide(**data)``. An ``AutoGuide`` class is built on the model
-            first. ``AutoLaplaceApproximation`` gives the Gaussian at the mode.
+        guide: Pyro guide, called as ``guide(**data)``. An ``AutoGuide`` class, or a
+            function from the model to a guide, is called on the model first.
+            ``AutoLaplaceApproximation`` gives the Gaussian at the mode.
         data: dict of the arguments of model and guide, by name. A tuple of positional arguments or
             a single tensor also works.
         estimator: gradient estimator, any ``pyro.infer.ELBO``. The default is

@@ -54,6 +54,8 @@ def _check_observation(name: str, site: dict[str, Any]) -> None:
     if not observed or not plates:
         return
     for dim, frame in plates.items():
+        if frame.size == -1:  # pyro.plate("name") takes the size of what stands in it
+            continue
         have = observed[dim] if len(observed) >= -dim else None
         want = expected[dim] if len(expected) >= -dim else 1
         if (have == 1 and want > 1) or (have is not None and have > 1 and want == 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,8 @@ def private_guide(model: Callable[..., Any], guide: Any) -> Any:
 
     Args:
         model: the model for an autoguide class.
-        guide: function, module, autoguide or autoguide class.
+        guide: function, module, autoguide, autoguide class, or a function from the model to one of
+            these, such as ``functools.partial(AutoNormal, init_scale=0.01)``.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -45,7 +47,7 @@ def private_guide(model: Callable[..., Any], guide: Any) -> Any:
         >>> private_guide(model, guide)()["z"].shape, len(list(guide.parameters()))
         (torch.Size([]), 0)
     """
-    if isinstance(guide, type) and issubclass(guide, AutoGuide | GuideMessenger):
+    if _makes_guides(model, guide):
         guide = guide(model)
     if asks_for_laplace(guide):
         handler, inner = outer_handler(guide.model)
@@ -75,8 +77,33 @@ def private_guide(model: Callable[..., Any], guide: Any) -> Any:
     return twin
 
 
+def _makes_guides(model: Callable[..., Any], guide: Any) -> bool:
+    """Whether ``guide(model)`` is a guide: for a class, or a factory such as ``lambda model: ...``.
+
+    A factory's only required argument is called ``model``, which is no argument of the model's.
+    """
+    made = guide.func if isinstance(guide, functools.partial) else guide
+    if isinstance(made, type):
+        return issubclass(made, AutoGuide | GuideMessenger)
+    required = _required_arguments(guide)
+    return required == ["model"] and "model" not in _required_arguments(model)
+
+
+def _required_arguments(fn: Any) -> list[str]:
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
 def asks_for_laplace(guide: Any) -> bool:
     """Whether a guide, or guide class, stands for the Laplace approximation at the mode."""
+    guide = guide.func if isinstance(guide, functools.partial) else guide
     kind = guide if isinstance(guide, type) else type(guide)
     return issubclass(kind, AutoLaplaceApproximation)
 
