@@ -278,7 +278,7 @@ def hoist(
         into_each[node] = each.placeholder(node.name)
     for node in placeholders[variable:]:
         into_once[node] = once.placeholder(node.name)
-    anchor = next(reversed(each.nodes), None)
+    anchor = next(iter(reversed(each.nodes)), None)  # torch 2.8 gives an iterable only
     outputs: list[torch.fx.Node] = []  # of ``once``
 
     def for_once(node: torch.fx.Node) -> torch.fx.Node:
