@@ -56,7 +56,7 @@ def test_correct_mean_field_is_trusted_for_its_means_only():
     expected = (np.linalg.inv(CORRELATION).diagonal()) ** -0.5
     assert c.table["expected sd ratio"].to_numpy() == pytest.approx(expected, rel=1e-9)
     text = " ".join(c.reasons)
-    assert "exactly as theory says" in text
+    assert "exactly as theory predicts" in text
     assert "Correlations are absent by construction" in text
     assert "+0.80 (a, b)" in text
 

@@ -111,7 +111,7 @@ class Sds:
         if self.ok.all():
             i = int(np.argmin(ratio))
             return [
-                "The sds are too small, exactly as theory says of a mean-field guide: that of "
+                "The sds are too small, exactly as theory predicts for a mean-field guide: that of "
                 f"{names[i]} is {ratio[i]:.3f} of the reference's, where {expected[i]:.3f} is "
                 "expected. For intervals use a guide with correlations, such as "
                 "AutoMultivariateNormal."

@@ -71,7 +71,7 @@ class Comparison:
         """Raise AssertionError with the rows at fault unless the fit is as good as it can be.
 
         The fit must have the reference's means, and the sds that the guide's family can give. A
-        mean-field fit that is too narrow exactly as theory says passes, although its verdict is
+        mean-field fit that is too narrow exactly as theory predicts passes, although its verdict is
         "trust the means only".
         """
         if not self.ok:

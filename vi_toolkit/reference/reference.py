@@ -31,7 +31,7 @@ from vi_toolkit.reference.summary import LEVELS, versions
 KINDS = ("exact", "quadrature", "nuts")
 
 # A posterior is called near-Gaussian if its |skewness| and |excess kurtosis| stay below these; a
-# Gaussian guide can then be held to what theory says of it.
+# Gaussian guide can then be compared with what theory predicts.
 NEAR_GAUSSIAN_SKEWNESS, NEAR_GAUSSIAN_KURTOSIS = 0.25, 0.35
 
 _VECTORS = (
